@@ -1,0 +1,84 @@
+"""Visformer image classifiers: train, validate, predict.
+
+    import visformer
+
+    visformer.train(data_dir="photos", ckpt_save_dir="run")           # the verbs, with their options as keywords
+    visformer.Predictor("run/best.safetensors").predict(["cat.jpg"])
+    model = visformer.create_model("visformer_tiny", num_classes=10)  # a torch module
+
+Importing the package loads neither torch nor timm; each name loads what it needs when it is first used.
+`visformer.models` is the subpackage of the models, not the verb: `list_models` is that verb in Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from visformer import models
+    from visformer.checkpoint import load_model as load
+    from visformer.models import list_models
+    from visformer.pretrained import create_model
+    from visformer.verbs.predictor import Predictor
+
+    bench: Callable[..., Any]
+    predict: Callable[..., Any]
+    quickstart: Callable[..., Any]
+    train: Callable[..., Any]
+    validate: Callable[..., Any]
+
+__all__ = [
+    "Predictor",
+    "bench",
+    "create_model",
+    "list_models",
+    "load",
+    "models",
+    "predict",
+    "quickstart",
+    "train",
+    "validate",
+]
+
+_OBJECTS = {  # public name -> module and name there
+    "create_model": ("visformer.pretrained", "create_model"),
+    "list_models": ("visformer.models", "list_models"),
+    "load": ("visformer.checkpoint", "load_model"),
+    "Predictor": ("visformer.verbs.predictor", "Predictor"),
+}
+_VERBS = ("bench", "predict", "quickstart", "train", "validate")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a public name stands for, once (PEP 562)."""
+    if name == "__version__":
+        value = _version()
+    elif name == "models":
+        return importlib.import_module("visformer.models")  # the import itself sets the attribute
+    elif name in _OBJECTS:
+        module, attribute = _OBJECTS[name]
+        value = getattr(importlib.import_module(module), attribute)
+    elif name in _VERBS:
+        from visformer.cli import verb_function
+
+        value = verb_function(name)
+    else:
+        raise AttributeError(f"module 'visformer' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("visformer")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        return "0+unknown"

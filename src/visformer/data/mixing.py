@@ -1,0 +1,147 @@
+"""The part of augmentation that works on whole batches, on the device: normalise, erase, then mixup or cutmix.
+
+Random erasing is Zhong et al. (arXiv:1708.04896), mixup Zhang et al. (arXiv:1710.09412), cutmix Yun et al.
+(arXiv:1905.04899), in the form that MindCV gives them: each image's partner is the one that faces it in the reversed
+batch. timm's own classes draw from global generators; here every draw is a function of the `seed` handed in, so that a
+resumed run sees what the first one would have. No value is read back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING
+
+import torch
+
+from visformer.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from visformer.config import TrainConfig
+
+# Letters in shapes: B images in a batch, C channels, H height, W width, K classes, E erased images.
+
+
+class DeviceTransform:
+    """uint8 batch -> what the model is trained on.
+
+    `__call__(images, targets, seed=...)`: images uint8 (B, C, H, W) and targets int64 (B,) on one device -> images
+    float32 (B, C, H, W) channels_last, and targets: int64 (B,) as given, or float32 (B, K) rows that sum to 1, without
+    label smoothing, when mixup or cutmix is on (also for a batch that the draw leaves unmixed). With aug_splits the
+    images are (3B, C, H, W), of which the first B stay unerased.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+        self.preprocessing = Preprocessing.from_config(config)
+        self.num_classes = num_classes
+        self.erasing = RandomErasing(config, self.preprocessing) if config.re_prob else None
+        self.splits = max(config.aug_splits, 1)
+        self.mixup = config.mixup
+        self.cutmix = config.cutmix
+        self.mix_prob = config.cutmix_prob
+        self.soft = bool(config.mixup or config.cutmix)
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = self.preprocessing.normalize(images).contiguous(memory_format=torch.channels_last)
+        rng = random.Random(seed)
+        if self.erasing is not None:
+            first = len(images) // self.splits if self.splits > 1 else 0
+            self.erasing(images, rng, first)
+        if not self.soft:
+            return images, targets
+        return self._mix(images, targets, rng)
+
+    def _mix(
+        self, images: torch.Tensor, targets: torch.Tensor, rng: random.Random
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        share = 1.0  # of each image itself; its partner has the rest
+        if rng.random() < self.mix_prob:
+            cut = bool(self.cutmix) and (not self.mixup or rng.random() < 0.5)
+            alpha = self.cutmix if cut else self.mixup
+            share = rng.betavariate(alpha, alpha)
+            if cut:
+                top, bottom, left, right = cutmix_box(images.shape[-2], images.shape[-1], share, rng)
+                images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
+                share = 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
+            else:
+                images = torch.lerp(images.flip(0), images, share)
+        rows = torch.zeros(len(targets), self.num_classes, device=targets.device)  # (B, K)
+        rows.scatter_(1, targets[:, None], 1.0)
+        return images, torch.lerp(rows.flip(0), rows, share)
+
+
+def cutmix_box(height: int, width: int, share: float, rng: random.Random) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a box of 1 - `share` of the area around a uniform centre.
+
+    It is cut off at the border, and may be empty.
+    """
+    side = math.sqrt(1 - share)
+    box_h, box_w = int(height * side), int(width * side)
+    y, x = rng.randrange(height), rng.randrange(width)
+    top, left = max(y - box_h // 2, 0), max(x - box_w // 2, 0)
+    return top, min(y + (box_h + 1) // 2, height), left, min(x + (box_w + 1) // 2, width)
+
+
+class RandomErasing:
+    """Fill a random box of each image with probability `re_prob`, in place.
+
+    The box takes `re_scale` of the area at an aspect ratio in `re_ratio`; when no box fits in `re_max_attempts` tries
+    the image stays whole.
+    """
+
+    def __init__(self, config: TrainConfig, preprocessing: Preprocessing) -> None:
+        self.prob = config.re_prob
+        self.scale = config.re_scale
+        self.log_ratio = (math.log(config.re_ratio[0]), math.log(config.re_ratio[1]))
+        self.attempts = config.re_max_attempts
+        self.noise = config.re_value if isinstance(config.re_value, str) else None
+        level = 0 if self.noise else int(config.re_value)
+        # 0 is the mean colour, as in MindCV, which fills after normalising; other levels are pixel values.
+        self.fill = [
+            (level - m) / s if level else 0.0 for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)
+        ]
+
+    def __call__(self, images: torch.Tensor, rng: random.Random, first: int = 0) -> None:
+        """Erase in `images`, float32 (B, C, H, W), from image `first` on."""
+        _, channels, height, width = images.shape
+        chosen: list[int] = []
+        boxes: list[tuple[int, int, int, int]] = []
+        for index in range(first, len(images)):
+            box = self.box(height, width, rng) if rng.random() < self.prob else None
+            if box is not None:
+                chosen.append(index)
+                boxes.append(box)
+        noise_seed = rng.getrandbits(63)
+        if not chosen:
+            return
+        device = images.device
+        where = torch.tensor(chosen).to(device, non_blocking=True)  # (E,)
+        top, bottom, left, right = (
+            torch.tensor(boxes).to(device, non_blocking=True).T[..., None, None, None]
+        )  # (E, 1, 1, 1) each
+        rows = torch.arange(height, device=device)[:, None]  # (H, 1)
+        columns = torch.arange(width, device=device)  # (W,)
+        inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (E, 1, H, W)
+        fill = self._fill(len(chosen), channels, height, width, noise_seed, device)
+        images.index_copy_(0, where, torch.where(inside, fill, images[where]))
+
+    def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int] | None:
+        """(top, bottom, left, right) of a box smaller than the image on both sides, or None when no try fits."""
+        for _ in range(self.attempts):
+            area = rng.uniform(*self.scale) * height * width
+            ratio = math.exp(rng.uniform(*self.log_ratio))
+            box_h, box_w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < box_h < height and 0 < box_w < width:
+                top, left = rng.randint(0, height - box_h), rng.randint(0, width - box_w)
+                return top, top + box_h, left, left + box_w
+        return None
+
+    def _fill(
+        self, count: int, channels: int, height: int, width: int, seed: int, device: torch.device
+    ) -> torch.Tensor:
+        """What the boxes show, broadcastable to (E, C, H, W), in normalised units."""
+        if self.noise is None:
+            return torch.tensor(self.fill).to(device, non_blocking=True)[:, None, None]
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (count, channels, height, width) if self.noise == "random" else (count, channels, 1, 1)
+        return torch.randn(shape, generator=generator, device=device)

@@ -1,0 +1,195 @@
+"""`visformer bench`: how fast a model trains or infers, beside timm's own model of the same name, in one run.
+
+    visformer bench --what train --models visformer_tiny,visformer_small --batch_sizes 32,128
+
+All contenders work on the same synthetic batch in the same process and take turns step by step; nothing is read from
+disk. They must first prove that they compute the same thing: with equal weights, equal logits. A training step is
+forward, label-smoothed cross entropy, backward and AdamW; an inference step is a forward pass on normalised images.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from visformer import console
+from visformer.config import option
+from visformer.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class BenchOptions:
+    """Options of `visformer bench`; see each field's help."""
+
+    what: Literal["train", "infer"] = option("train", "training steps or forward passes", group="Work")
+    against: Literal["timm"] = option("timm", "whose models to measure against")
+    models: list[str] = option(["visformer_tiny"], "models that both have, measured one after the other")
+    batch_sizes: list[int] = option([64], "images per step; each is measured in turn")
+    image_size: int | None = option(
+        None, "side of the images in pixels, a multiple of 32; None: 224 on an accelerator, 64 on a CPU"
+    )
+    repeats: int = option(20, "steps of each contender that count")
+    warmup: int = option(3, "steps of each contender before those that count")
+    amp_level: Literal["O0", "O1", "O2", "O3"] = option(
+        "O2",
+        "ours, and timm's as ours: O0: fp32; O1 to O3: bf16. The baseline is timm's in fp32 at any",
+        group="Device",
+    )
+    device_target: Literal["auto", "CPU", "GPU", "Ascend", "cuda", "npu", "xpu", "mps", "cpu"] = option(
+        "auto", "device to run on; auto: the accelerator that is there, else the CPU"
+    )
+    json: bool = option(False, "print the result as one JSON document on stdout", group="Output")
+    output: str = option("", "file for the JSON document, beside what is printed")
+
+    def __post_init__(self) -> None:
+        for name, least in (("repeats", 2), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be at least {least}")
+        if self.image_size is not None and self.image_size < 32:
+            raise UsageError(f"image_size: {self.image_size} is too small; the model needs at least 32 pixels a side")
+        for name in ("models", "batch_sizes"):
+            if not getattr(self, name):
+                raise UsageError(f"{name}: the list is empty; give at least one")
+        if min(self.batch_sizes) < 2 and self.what == "train":
+            raise UsageError(
+                f"batch_sizes: {min(self.batch_sizes)} is too small; BatchNorm trains on at least 2 images"
+            )
+        if min(self.batch_sizes) < 1:
+            raise UsageError(f"batch_sizes: {min(self.batch_sizes)} is out of range; it must be at least 1")
+        if self.output and Path(self.output).is_dir():
+            raise UsageError(f"output: {self.output} is a folder; give a file")
+
+
+def run(options: BenchOptions) -> int:
+    """Measure, print the table or the document, and return the exit code."""
+    document = bench(options)
+    if options.json:
+        console.print_json(document)
+    else:
+        _print_table(document)
+    if options.output:
+        console.note(f"written to {options.output}")
+    return 0
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """Measure, write `output` if given, and return the document; prints nothing on stdout.
+
+    The document: what, against, device, processor, cores, threads, versions, image_size (pixels a side), repeats,
+    warmup, and `results`, one for each model and batch size: model, batch_size, logit_difference (largest, float64, as
+    a share of the largest logit) and `contenders`, each with name, precision, memory_format, images_per_s, ratio
+    (speed over that of the contender `timm`: fp32, eager, contiguous), both medians and both with `_quartiles`,
+    seconds_per_step and finite. Raises `UsageError` for a model that timm lacks or a size that it refuses, `RunError`
+    when logits differ.
+    """
+    import torch
+
+    from visformer.distributed import select_device
+    from visformer.verbs.bench_timm import check_peer
+
+    device = select_device(options.device_target)
+    image_size = options.image_size or (64 if device.type == "cpu" else 224)
+    for name in options.models:
+        check_peer(name, image_size)
+    torch.manual_seed(0)
+    cases = [(name, batch_size) for name in options.models for batch_size in options.batch_sizes]
+    document = {
+        "what": options.what,
+        "against": options.against,
+        **_circumstances(device),
+        "image_size": image_size,
+        "repeats": options.repeats,
+        "warmup": options.warmup,
+        "results": [_measure(*case, image_size, device, options) for case in cases],
+    }
+    if options.output:
+        from visformer.atomic import atomic_text
+
+        atomic_text(options.output, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return document
+
+
+def _circumstances(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on besides the options."""
+    import torch
+
+    from visformer.data import available_cores
+    from visformer.distributed import describe, versions
+
+    return {
+        "device": describe(device),
+        "processor": _processor(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name and the widest instructions that torch uses on it."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _measure(
+    name: str, batch_size: int, image_size: int, device: torch.device, options: BenchOptions
+) -> dict[str, Any]:
+    """Prove that the contenders agree, then time them."""
+    from visformer.verbs import bench_timm
+    from visformer.verbs.bench_timing import summarize, take_turns
+
+    pair = bench_timm.build_pair(name, image_size)
+    title = f"{name}, batch {batch_size}"
+    console.note(f"{title}: same logits as timm's (to {pair.difference:.0e}); timing {options.repeats} steps of each")
+    config = bench_timm.training_config(name, batch_size, image_size, options.amp_level)
+    contenders = bench_timm.contenders(pair, config, device, options.what)
+    timed = take_turns(contenders, device, warmup=options.warmup, repeats=options.repeats, title=title)
+    baseline = next(t for t in timed if t.contender.name == bench_timm.BASELINE)
+    for t in timed:
+        if not t.finite:
+            console.warn(f"{title}: {t.contender.name} in {t.contender.precision} gave numbers that are not finite")
+    return {
+        "model": name,
+        "batch_size": batch_size,
+        "logit_difference": pair.difference,
+        "contenders": [summarize(t, baseline, batch_size) for t in timed],
+    }
+
+
+def _print_table(document: dict[str, Any]) -> None:
+    side, versions = document["image_size"], document["versions"]
+    work = {"train": "training step", "infer": "forward pass"}[document["what"]]
+    for result in document["results"]:
+        console.table(
+            f"{work} of {result['model']}, batch {result['batch_size']}, {side}x{side} pixels; "
+            f"medians and quartiles of {document['repeats']}",
+            ["contender", "images/s", "quartiles", "x timm fp32", "quartiles"],
+            [
+                [
+                    f"{c['name']} ({c['precision']}, {c['memory_format']})",
+                    f"{c['images_per_s']:,.1f}",
+                    "{:,.1f} to {:,.1f}".format(*c["images_per_s_quartiles"]),
+                    f"{c['ratio']:.2f}",
+                    "{:.2f} to {:.2f}".format(*c["ratio_quartiles"]),
+                ]
+                for c in result["contenders"]
+            ],
+        )
+    difference = max(result["logit_difference"] for result in document["results"])
+    print(
+        f"{document['device']}; {document['processor']}, {document['cores']} cores; torch {versions['torch']}, "
+        f"timm {versions['timm']}\n"
+        f"With equal weights, logits equal timm's to {difference:.0e} of the largest, in float64."
+    )

@@ -1,0 +1,94 @@
+"""Timing several contenders side by side, in one process and turn by turn.
+
+A machine's speed drifts: other work, heat, clocks. So the contenders take turns step by step, each round begins with
+another of them, and a ratio compares the two steps of the same round. Medians and quartiles tell what is typical and
+how far it spreads.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visformer import console
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing the work. `step` does it once and returns a tensor that must be finite at the end."""
+
+    name: str
+    precision: str
+    memory_format: str
+    step: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of each step of a contender, round by round, and whether its last result was finite."""
+
+    contender: Contender
+    seconds: list[float]
+    finite: bool
+
+
+def take_turns(
+    contenders: list[Contender], device: torch.device, *, warmup: int, repeats: int, title: str
+) -> list[Timed]:
+    """Run `warmup` rounds that do not count, then `repeats` that do; one step of each contender a round.
+
+    A terminal shows progress on stderr under `title`.
+    """
+    count = len(contenders)
+    seconds: list[list[float]] = [[] for _ in contenders]
+    results = [torch.zeros(())] * count
+    with console.progress() as bar:
+        task = bar.add_task(title, total=warmup + repeats, status="rounds")
+        for turn in range(warmup + repeats):
+            for i in (*range(turn % count, count), *range(turn % count)):
+                _wait(device)
+                began = time.perf_counter()
+                results[i] = contenders[i].step()
+                _wait(device)
+                if turn >= warmup:
+                    seconds[i].append(time.perf_counter() - began)
+            bar.advance(task)
+    finite = [bool(result.isfinite().all()) for result in results]
+    return [Timed(*row) for row in zip(contenders, seconds, finite, strict=True)]
+
+
+def summarize(timed: Timed, baseline: Timed, images: int) -> dict[str, Any]:
+    """A contender's record; `images` are those of one step.
+
+    images_per_s and ratio (speed over the baseline's in the same round) are medians, each with [first, third quartile].
+    """
+    rates = [images / seconds for seconds in timed.seconds]
+    ratios = [theirs / ours for theirs, ours in zip(baseline.seconds, timed.seconds, strict=True)]
+    return {
+        "name": timed.contender.name,
+        "precision": timed.contender.precision,
+        "memory_format": timed.contender.memory_format,
+        "images_per_s": statistics.median(rates),
+        "images_per_s_quartiles": _quartiles(rates),
+        "seconds_per_step": statistics.median(timed.seconds),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": _quartiles(ratios),
+        "finite": timed.finite,
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done all it was given; the CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,154 @@
+"""`visformer predict`: labels for files, folders and globs, or for a list of paths on standard input.
+
+    visformer predict photos --ckpt_path run/best.safetensors --format csv --output labels.csv
+    find . -name '*.jpg' | visformer predict - --ckpt_path run/best.safetensors --format json
+
+One record for each image, in order; what can't be read is a record with an error. Records stream: memory does not
+grow with their number. The exit code is 1 only when not a single image was labelled.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from visformer import console
+from visformer.config import option
+from visformer.errors import UsageError
+from visformer.verbs.records import FORMATS, Record
+
+_FORMAT_OF_SUFFIX = {".json": "json", ".csv": "csv"}
+
+
+@dataclass
+class PredictOptions:
+    """Options of `visformer predict`; see each field's help."""
+
+    inputs: list[str] = option(
+        [],
+        "image files, folders (searched at every depth), globs, or - for a list of paths on standard input",
+        group="Images",
+        positional=True,
+        alias="image_path",
+    )
+    ckpt_path: str = option("", "checkpoint to label with, a .safetensors file that training wrote", group="Model")
+    model: str = option("", "name that the checkpoint's model must have; empty: any")
+    top_k: int = option(5, "labels for each image, best first; at most as many as there are classes", group="Output")
+    format: Literal["text", "json", "csv"] | None = option(None, "None: by the suffix of output, else text")
+    output: str = option("", "file to write to instead of stdout; it appears, or replaces another, when complete")
+    batch_size: int = option(64, "images that the model takes at once", group="Speed")
+    num_parallel_workers: int = option(8, "threads that decode; at most the cores there are; 0: none")
+    device_target: Literal["auto", "CPU", "GPU", "Ascend", "cuda", "npu", "xpu", "mps", "cpu"] = option(
+        "auto", "device to run on; auto: the accelerator that is there, else the CPU"
+    )
+    amp_level: Literal["O0", "O1", "O2", "O3"] = option("O0", "O0: fp32; O1 to O3: half precision")
+    amp_dtype: Literal["bf16", "fp16"] = option("bf16", "the half precision of amp_level")
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 1), ("batch_size", 1), ("num_parallel_workers", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be at least {least}")
+        if self.output and Path(self.output).is_dir():
+            raise UsageError(f"output: {self.output} is a folder; give a file")
+
+    @property
+    def output_format(self) -> str:
+        """The format, `None` resolved."""
+        return self.format or _FORMAT_OF_SUFFIX.get(Path(self.output).suffix.lower(), "text")
+
+
+class Tally:
+    """Counts the records that pass through `watch`."""
+
+    def __init__(self) -> None:
+        self.labelled = 0
+        self.failed = 0
+
+    def watch(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            if "error" in record:
+                self.failed += 1
+            else:
+                self.labelled += 1
+            yield record
+
+
+def run(options: PredictOptions) -> int:
+    """Predict, print or write the records as they come, and return 0 if any image was labelled, else 1."""
+    tally = Tally()
+    started = time.perf_counter()
+    records = tally.watch(_stream(options))
+    if options.output:
+        _write(options, _with_progress(records))
+    else:
+        for piece in FORMATS[options.output_format](records):
+            _print(piece)
+    total = tally.labelled + tally.failed
+    if total == 0:
+        raise UsageError("inputs: the list of paths is empty; nothing to label")
+    if options.output or tally.failed:
+        seconds = time.perf_counter() - started
+        failed = f", {tally.failed:,} could not be read" if tally.failed else ""
+        where = f"; written to {options.output}" if options.output else ""
+        console.note(f"{tally.labelled:,} images labelled{failed} ({total / seconds:,.0f} images/s){where}")
+    return 0 if tally.labelled else 1
+
+
+def predict(options: PredictOptions) -> list[Record]:
+    """Label the images; one record for each, in order. Writes `output` if given, prints nothing on stdout."""
+    records = list(_stream(options))
+    if options.output:
+        _write(options, records)
+    return records
+
+
+def _stream(options: PredictOptions) -> Iterator[Record]:
+    """The records, lazily; what is wrong with the options is raised before the first."""
+    from visformer.verbs.inputs import check_inputs, expand
+    from visformer.verbs.validate import load_named
+
+    check_inputs(options.inputs)
+    model = load_named(options.ckpt_path, options.model)
+
+    from visformer.data.loader import available_cores
+    from visformer.verbs.predictor import Predictor
+
+    predictor = Predictor(
+        model,
+        device=options.device_target,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        num_workers=min(options.num_parallel_workers, available_cores()),
+        amp_level=options.amp_level,
+        amp_dtype=options.amp_dtype,
+    )
+    return predictor.stream(expand(options.inputs))
+
+
+def _write(options: PredictOptions, records: Iterable[Record]) -> None:
+    from visformer.atomic import atomic_write
+
+    def write(file: BinaryIO) -> None:
+        for piece in FORMATS[options.output_format](records):
+            # Bytes of a file name that are no UTF-8 come as escapes, which in JSON are the string's own.
+            file.write(piece.encode("utf-8", "backslashreplace"))
+
+    atomic_write(options.output, write)
+
+
+def _print(piece: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _with_progress(records: Iterable[Record]) -> Iterator[Record]:
+    """The records, with a count on the terminal while they go into a file."""
+    with console.progress() as bar:
+        task = bar.add_task("predict", total=None, status="images")
+        for record in records:
+            yield record
+            bar.advance(task)
