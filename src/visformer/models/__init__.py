@@ -1,7 +1,7 @@
-"""The models. Importing this package also registers them with timm (see `timm_models.py`)."""
+"""The models. Importing this package also registers them with timm (see `timm_hook.py`)."""
 
 from visformer.models.architecture import Architecture, StageConfig
-from visformer.models.timm_models import register
+from visformer.models.timm_hook import register_with_timm
 from visformer.models.variants import VARIANTS, architecture, change, create_model, list_models, variant
 from visformer.models.visformer import Visformer
 
@@ -17,4 +17,4 @@ __all__ = [
     "variant",
 ]
 
-register()
+register_with_timm()

@@ -2,6 +2,7 @@
 
 A network is a stem and a tuple of stages; a stage is a patch embedding followed by `depth` equal blocks. Everything
 that decides a tensor's shape or a number's value is here, travels in the checkpoint, and builds the same module again.
+The defaults are those of the published Visformers; the ablation nets and the windowed models set the other fields.
 """
 
 from __future__ import annotations
@@ -26,19 +27,24 @@ class StageConfig:
     num_heads: int = 1  # of the attention, where there is one
     attention: bool = False  # each block opens with self-attention
     spatial_mlp: bool = False  # the MLP has a grouped 3x3 convolution between its two products
+    head_dim: int | None = None  # channels of a head of the attention; None: width // num_heads
+    window: int | None = None  # attention within windows of so many positions a side, with relative position bias
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A whole network; `image_size` is (height, width) in pixels."""
 
-    stem_width: int
+    stem_width: int  # channels of the 7x7 convolution of stride 2; 0: no stem, the first patches are cut from the image
     stages: tuple[StageConfig, ...]
     num_classes: int = 1000  # 0: the pooled features come out
     image_size: tuple[int, int] = (224, 224)
     in_channels: int = 3
     groups: int = 8  # of the 3x3 convolutions in spatial MLPs
     mlp_ratio: float = 4.0  # hidden width of an MLP without a spatial convolution
+    norm: Literal["batch", "layer"] = "batch"  # of blocks and before pooling; layer: over channels at each position
+    embed_norm: bool = True  # a norm after each patch embedding
+    pos_embed: bool = True  # a learned map is added after each patch embedding
     gelu: Literal["erf", "tanh"] = "erf"  # MindSpore's GELU is the tanh form, PyTorch's the erf form
     qk_scale_power: float = -0.25  # q and k are each scaled by head_dim ** power: -0.25 in V1, -0.5 in V2
     drop_rate: float = 0.0  # after position embeddings, in MLPs and after attention's projection
@@ -59,12 +65,17 @@ class Architecture:
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Height and width of each stage's map; sizes that a patch does not divide are padded, so they round up."""
-        height, width = (-(-side // STEM_STRIDE) for side in self.image_size)
+        height, width = (-(-side // self.stem_stride) for side in self.image_size)
         grids = []
         for stage in self.stages:
             height, width = -(-height // stage.patch_size), -(-width // stage.patch_size)
             grids.append((height, width))
         return tuple(grids)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels a side of the image for one position of the map that the first stage gets."""
+        return STEM_STRIDE if self.stem_width else 1
 
     @property
     def num_features(self) -> int:

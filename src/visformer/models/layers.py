@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.init import kaiming_normal_, trunc_normal_, zeros_
+from torch.nn.init import ones_, zeros_
 
 from visformer.errors import UsageError
+from visformer.models.initial import he_normal_, small_normal_
 
 
 class PointwiseConv(nn.Module):
@@ -29,7 +30,7 @@ class PointwiseConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """He normal over fan out."""
-        kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        he_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H, W)"""
@@ -52,7 +53,7 @@ class PatchProjection(nn.Module):
 
     def reset_parameters(self) -> None:
         """He normal over fan out; bias 0."""
-        kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        he_normal_(self.weight)
         zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,15 +64,38 @@ class PatchProjection(nn.Module):
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class PatchEmbed(nn.Module):
-    """Patches of `patch_size` squared, each projected to one position; a map that does not divide is padded with zeros
-    at the right and the bottom, so no pixel is lost."""
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of each position: biased variance, eps 1e-5."""
 
-    def __init__(self, in_channels: int, out_channels: int, patch_size: int):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale 1, shift 0."""
+        ones_(self.weight)
+        zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same"""
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias)
+        return x.permute(0, 3, 1, 2)
+
+
+NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm2d, "layer": ChannelNorm}
+
+
+class PatchEmbed(nn.Module):
+    """Patches of `patch_size` squared, each projected to one position, then `norm`; a map that does not divide is
+    padded with zeros at the right and the bottom, so no pixel is lost."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int, norm: nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = PatchProjection(in_channels, out_channels, patch_size)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, ceil(H / patch_size), ceil(W / patch_size))"""
@@ -120,7 +144,7 @@ class PositionEmbed(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal, standard deviation 0.02."""
-        trunc_normal_(self.weight, std=0.02)
+        small_normal_(self.weight)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the map to `grid` for good."""
@@ -139,35 +163,6 @@ def _same_grid(weight: Tensor, grid: tuple[int, int]) -> Tensor:
             "model.set_image_size((height, width)), or create the model with dynamic_image_size=True"
         )
     return weight
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over the positions of a map.
-
-    q and k are each scaled by head_dim ** qk_scale_power; the product's scale is its square, and
-    `scaled_dot_product_attention` applies it where half precision cannot overflow. The channels of `qkv` are ordered
-    (3, heads, head_dim).
-    """
-
-    def __init__(self, channels: int, num_heads: int, qk_scale_power: float, attn_drop_rate: float, drop_rate: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (channels // num_heads) ** (2 * qk_scale_power)
-        self.attn_drop_rate = attn_drop_rate
-        self.qkv = PointwiseConv(channels, 3 * channels)
-        self.proj = PointwiseConv(channels, channels)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same"""
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1)  # (B, H, W, 3 * C)
-        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
-        drop = self.attn_drop_rate if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)  # (B, heads, N, head_dim)
-        x = x.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return self.drop(self.proj(x))
 
 
 class Mlp(nn.Module):

@@ -1,8 +1,11 @@
 """The published Visformers: a table, and `create_model` that builds from it.
 
 Widths, depths and heads are those of the authors' repository (danczs/Visformer) and of MindCV, whose tensors agree.
-The two differ in the form of GELU: erf with the authors and in timm, tanh in MindCV. V1's default is erf; these V2
-models are MindCV's alone, and their default is tanh.
+The two differ in the form of GELU: erf with the authors and in timm, tanh in MindCV. V2 without windows is MindCV's
+alone, and its default is tanh; of all others it is erf.
+
+Families: `v1` and `v2`, the two generations; `swin`, the authors' models with windows and relative position bias;
+`ladder`, the paper's steps from a plain vision transformer (net1) to a residual convolutional network (net7).
 """
 
 from __future__ import annotations
@@ -47,6 +50,35 @@ def _pyramid(
     return Architecture(stem_width, stages, **options)
 
 
+def _windowed(base: Architecture) -> Architecture:
+    """The authors' windowed form: four 2x2 embeddings always, and windows that just hold the map at 224 pixels."""
+    first, *rest = base.stages
+    if first.patch_size == 4:
+        empty = replace(first, width=first.width // 2, depth=0, patch_size=2)
+        rest = [replace(first, patch_size=2), *rest]
+        first = empty
+    windows = (56, 28, 14, 7)
+    stages = tuple(
+        replace(stage, window=window if stage.attention else None)
+        for stage, window in zip((first, *rest), windows, strict=True)
+    )
+    return replace(base, stages=stages, gelu="erf")
+
+
+def _ladder(depths: tuple[int, int, int], **options) -> Architecture:
+    """net2 to net7: three stages after a stem; `attention` and `spatial_mlp` are options of every stage."""
+    shape = {
+        "num_heads": 6,
+        "attention": options.pop("attention", True),
+        "spatial_mlp": options.pop("spatial_mlp", False),
+    }
+    stages = tuple(
+        StageConfig(width, depth, patch_size, **shape, head_dim=head_dim)
+        for width, depth, patch_size, head_dim in zip((192, 384, 768), depths, (4, 2, 2), (16, None, None), strict=True)
+    )
+    return Architecture(32, stages, embed_norm=False, drop_path_rate=0.1, **options)
+
+
 _V1 = {"gelu": "erf", "qk_scale_power": -0.25}
 _V2 = {"gelu": "tanh", "qk_scale_power": -0.5}
 
@@ -71,6 +103,34 @@ VARIANTS: dict[str, Variant] = {
         _pyramid(32, 256, (1, 10, 14, 3), (2, 4, 8, 16), drop_path_rate=0.1, **_V2),
         (Published(82.17, 95.90, "MindCV"),),
     ),
+}
+
+VARIANTS |= {
+    f"swin_{name}": Variant("swin", _windowed(VARIANTS[name].architecture), published)
+    for name, published in {
+        "visformer_tiny_v2": (Published(79.6, None, "authors"),),
+        "visformer_small": (Published(82.34, None, "authors"),),
+        "visformer_small_v2": (Published(83.00, None, "authors"),),
+    }.items()
+}
+VARIANTS["swin_visformer_medium_v2"] = Variant(
+    "swin",
+    _windowed(_pyramid(32, 384, (1, 8, 14, 2), (2, 4, 8, 16), drop_path_rate=0.1, **_V2)),
+    (Published(83.62, None, "authors"),),
+)
+
+_PLAIN = StageConfig(384, 12, 16, num_heads=6, attention=True)
+VARIANTS |= {
+    name: Variant("ladder", architecture, ())
+    for name, architecture in {
+        "net1": Architecture(0, (_PLAIN,), norm="layer", embed_norm=False, drop_path_rate=0.1),
+        "net2": _ladder((0, 12, 0), norm="layer"),
+        "net3": _ladder((4, 4, 4), norm="layer"),
+        "net4": _ladder((4, 4, 4)),
+        "net5": _ladder((4, 4, 4), spatial_mlp=True, groups=1),
+        "net6": _ladder((4, 4, 4), spatial_mlp=True, groups=1, pos_embed=False),
+        "net7": _ladder((6, 7, 7), spatial_mlp=True, groups=1, pos_embed=False, attention=False),
+    }.items()
 }
 
 

@@ -1,6 +1,6 @@
 """The Visformer: one class over a tuple of stages.
 
-    image -> stem (7x7 convolution, stride 2) -> stages -> BatchNorm -> average over positions -> linear head -> logits
+    image -> stem (7x7 convolution, stride 2) -> stages -> norm -> average over positions -> linear head -> logits
 
 A stage opens with a patch embedding and a position embedding and goes on with equal blocks; a block is an optional
 attention and an MLP, each a residual. `Architecture` says which, `variants.py` holds the published ones.
@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.init import kaiming_normal_, trunc_normal_, zeros_
+from torch.nn.init import zeros_
 from torch.utils.checkpoint import checkpoint
 
 from visformer.models.architecture import STEM_STRIDE, Architecture, StageConfig
+from visformer.models.attention import Attention, RelativePositionBias, WindowAttention
+from visformer.models.initial import he_normal_, small_normal_
 from visformer.models.layers import (
-    Attention,
+    NORMS,
+    ChannelNorm,
     Mlp,
     PatchEmbed,
     PatchProjection,
@@ -39,7 +41,7 @@ from visformer.models.layers import (
 class Stage(nn.Module):
     """Patch embedding, position embedding, blocks."""
 
-    def __init__(self, embed: nn.Module, pos_embed: PositionEmbed, drop_rate: float, blocks: list[nn.Module]):
+    def __init__(self, embed: nn.Module, pos_embed: nn.Module, drop_rate: float, blocks: list[nn.Module]):
         super().__init__()
         self.embed = embed
         self.pos_embed = pos_embed
@@ -67,13 +69,9 @@ class Visformer(nn.Module):
         super().__init__()
         self.config = architecture
         self.num_features = self.head_hidden_size = architecture.num_features
-        self.stem = nn.Sequential(
-            nn.Conv2d(architecture.in_channels, architecture.stem_width, 7, stride=STEM_STRIDE, padding=3, bias=False),
-            nn.BatchNorm2d(architecture.stem_width),
-            nn.ReLU(inplace=True),
-        )
+        self.stem = _build_stem(architecture)
         self.stages = nn.Sequential(*_build_stages(architecture, dynamic_image_size))
-        self.norm = nn.BatchNorm2d(self.num_features)
+        self.norm = NORMS[architecture.norm](self.num_features)
         self.head = _head(self.num_features, architecture.num_classes)
         self.feature_info = _feature_info(architecture)
         self.reset_parameters()
@@ -132,15 +130,17 @@ class Visformer(nn.Module):
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.config = replace(self.config, image_size=size)
         for stage, grid in zip(self.stages, self.config.grids, strict=True):
-            cast(Stage, stage).pos_embed.set_grid(grid)
+            pos_embed = cast(Stage, stage).pos_embed
+            if isinstance(pos_embed, PositionEmbed):
+                pos_embed.set_grid(grid)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one for `num_classes` (0: none). Only average pooling is possible."""
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool: {global_pool!r} is not possible; Visformer pools by 'avg'")
-        device, dtype = self.norm.weight.device, self.norm.weight.dtype
+        weight = cast(Tensor, self.norm.weight)
         self.config = replace(self.config, num_classes=num_classes)
-        self.head = _head(self.num_features, num_classes).to(device=device, dtype=dtype)
+        self.head = _head(self.num_features, num_classes).to(device=weight.device, dtype=weight.dtype)
         self.head.apply(_reset)
 
     def get_classifier(self) -> nn.Module:
@@ -159,8 +159,8 @@ class Visformer(nn.Module):
             cast(Stage, stage).run_block = run
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that recipes like DeiT's spare from weight decay: the position embeddings."""
-        return {name for name, _ in self.named_parameters() if ".pos_embed." in name}
+        """Names of parameters that recipes like DeiT's and Swin's spare from weight decay: those of positions."""
+        return {name for name, _ in self.named_parameters() if ".pos_embed." in name or ".position_bias." in name}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that put parameters into layers from the input on, in timm's form; `coarse`: one group a stage."""
@@ -178,38 +178,60 @@ class Visformer(nn.Module):
         return {key: resample(value, grids[key]) if key in grids else value for key, value in state_dict.items()}
 
 
+def _build_stem(architecture: Architecture) -> nn.Module:
+    if not architecture.stem_width:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(architecture.in_channels, architecture.stem_width, 7, stride=STEM_STRIDE, padding=3, bias=False),
+        nn.BatchNorm2d(architecture.stem_width),
+        nn.ReLU(inplace=True),
+    )
+
+
 def _build_stages(architecture: Architecture, dynamic_image_size: bool) -> list[Stage]:
     depth = sum(stage.depth for stage in architecture.stages)
-    drop_paths = iter(torch.linspace(0, architecture.drop_path_rate, depth, device="cpu").tolist())
-    widths = [architecture.stem_width, *(stage.width for stage in architecture.stages)]
-    return [
-        Stage(
-            PatchEmbed(before, width, stage.patch_size),
-            PositionEmbed(width, grid, dynamic_image_size),
-            architecture.drop_rate,
-            [_build_block(stage, architecture, next(drop_paths)) for _ in range(stage.depth)],
+    drop_paths = torch.linspace(0, architecture.drop_path_rate, depth, device="cpu").tolist()
+    blocks = iter(enumerate(drop_paths))  # a block's number counts through the whole network
+    before, stages = architecture.stem_width or architecture.in_channels, []
+    for stage, grid in zip(architecture.stages, architecture.grids, strict=True):
+        norm = NORMS[architecture.norm](stage.width) if architecture.embed_norm else nn.Identity()
+        pos_embed = PositionEmbed(stage.width, grid, dynamic_image_size) if architecture.pos_embed else nn.Identity()
+        stages.append(
+            Stage(
+                PatchEmbed(before, stage.width, stage.patch_size, norm),
+                pos_embed,
+                architecture.drop_rate,
+                [_build_block(stage, architecture, *next(blocks)) for _ in range(stage.depth)],
+            )
         )
-        for (before, width), stage, grid in zip(pairwise(widths), architecture.stages, architecture.grids, strict=True)
-    ]
+        before = stage.width
+    return stages
 
 
-def _build_block(stage: StageConfig, architecture: Architecture, drop_path_rate: float) -> nn.Sequential:
-    width, drop_rate, gelu = stage.width, architecture.drop_rate, architecture.gelu
-    residual = partial(Residual, drop_path_rate=drop_path_rate)
+def _build_block(stage: StageConfig, architecture: Architecture, number: int, drop_path_rate: float) -> nn.Sequential:
+    norm, residual = NORMS[architecture.norm], partial(Residual, drop_path_rate=drop_path_rate)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if stage.attention:
-        attention = Attention(
-            width, stage.num_heads, architecture.qk_scale_power, architecture.attn_drop_rate, drop_rate
-        )
-        parts["attn"] = residual(nn.BatchNorm2d(width), attention)
-    if stage.spatial_mlp:
-        # Upstream: twice the width when the 3x3 convolution is grouped, 5/6 of it when it is dense.
-        hidden = 2 * width if architecture.groups > 1 else width * 5 // 6
-        mlp: nn.Module = SpatialMlp(width, hidden, architecture.groups, gelu, drop_rate)
-    else:
-        mlp = Mlp(width, int(width * architecture.mlp_ratio), gelu, drop_rate)
-    parts["mlp"] = residual(nn.BatchNorm2d(width), mlp)
+        parts["attn"] = residual(norm(stage.width), _build_attention(stage, architecture, number))
+    parts["mlp"] = residual(norm(stage.width), _build_mlp(stage, architecture))
     return nn.Sequential(parts)
+
+
+def _build_attention(stage: StageConfig, architecture: Architecture, number: int) -> nn.Module:
+    shape = (stage.width, stage.num_heads, stage.head_dim or stage.width // stage.num_heads)
+    options = (architecture.qk_scale_power, architecture.attn_drop_rate, architecture.drop_rate)
+    if stage.window is None:
+        return Attention(*shape, *options)
+    return WindowAttention(*shape, stage.window, number % 2 == 1, *options)
+
+
+def _build_mlp(stage: StageConfig, architecture: Architecture) -> nn.Module:
+    width, drop_rate, gelu = stage.width, architecture.drop_rate, architecture.gelu
+    if not stage.spatial_mlp:
+        return Mlp(width, int(width * architecture.mlp_ratio), gelu, drop_rate)
+    # Upstream: twice the width when the 3x3 convolution is grouped, 5/6 of it when it is dense.
+    hidden = 2 * width if architecture.groups > 1 else width * 5 // 6
+    return SpatialMlp(width, hidden, architecture.groups, gelu, drop_rate)
 
 
 def _head(num_features: int, num_classes: int) -> nn.Module:
@@ -217,7 +239,7 @@ def _head(num_features: int, num_classes: int) -> nn.Module:
 
 
 def _feature_info(architecture: Architecture) -> list[dict]:
-    reduction, info = STEM_STRIDE, []
+    reduction, info = architecture.stem_stride, []
     for i, stage in enumerate(architecture.stages):
         reduction *= stage.patch_size
         info.append({"num_chs": stage.width, "reduction": reduction, "module": f"stages.{i}"})
@@ -226,13 +248,15 @@ def _feature_info(architecture: Architecture) -> list[dict]:
 
 def _reset(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        small_normal_(module.weight)
         zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal_(module.weight)
         if module.bias is not None:
             zeros_(module.bias)
-    elif isinstance(module, (nn.BatchNorm2d, PatchProjection, PointwiseConv, PositionEmbed)):
+    elif isinstance(
+        module, (nn.BatchNorm2d, ChannelNorm, PatchProjection, PointwiseConv, PositionEmbed, RelativePositionBias)
+    ):
         module.reset_parameters()
 
 
