@@ -13,6 +13,10 @@ FIGURES = {  # params, with BatchNorm statistics, GMACs, top-1, top-5, source
     "visformer_tiny_v2": (9_371_056, 9_383_392, 1.284, 78.82, 94.41, "MindCV"),
     "visformer_small": (40_219_592, 40_245_000, 4.879, 81.73, 95.88, "MindCV"),
     "visformer_small_v2": (23_492_168, 23_518_344, 4.266, 82.17, 95.90, "MindCV"),
+    "swin_visformer_tiny_v2": (9_403_384, 9_415_720, 1.284, 79.60, None, "authors"),
+    "swin_visformer_small": (40_530_200, 40_555_800, 4.899, 82.34, None, "authors"),
+    "swin_visformer_small_v2": (23_581_928, 23_608_104, 4.266, 83.00, None, "authors"),
+    "swin_visformer_medium_v2": (44_536_120, 44_571_512, 8.452, 83.62, None, "authors"),
 }
 
 
@@ -23,7 +27,8 @@ def rows():
 
 def test_every_model_is_listed_in_order(rows):
     assert [row["name"] for row in rows] == list_models()
-    assert set(FIGURES) <= {row["name"] for row in rows}
+    assert set(FIGURES) <= {row["name"] for row in rows} and len(rows) == 15
+    assert [row["name"] for row in rows if row["top1"] is None] == [f"net{i}" for i in range(1, 8)]
 
 
 @pytest.mark.parametrize("name", list(FIGURES))
@@ -48,6 +53,10 @@ def test_the_table_has_every_publication_on_a_line_of_its_own(capsys):
     assert main(["models"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for name, (params, with_stats, gmacs, top1, top5, source) in FIGURES.items():
-        figures = [f"{params:,}", f"{with_stats:,}", f"{gmacs:.2f}", "224x224", f"{top1:.2f}", f"{top5:.2f}", source]
-        assert [name, "v2" if name.endswith("v2") else "v1", *figures] in lines
+        percent = [f"{top1:.2f}", "-" if top5 is None else f"{top5:.2f}"]
+        figures = [f"{params:,}", f"{with_stats:,}", f"{gmacs:.2f}", "224x224", *percent, source]
+        family = "swin" if name.startswith("swin") else "v2" if name.endswith("v2") else "v1"
+        assert [name, family, *figures] in lines
     assert ["78.60", "-", "authors"] in lines
+    assert any(line[:2] == ["swin_visformer_medium_v2", "swin"] for line in lines)
+    assert ["net4", "ladder", "39,498,440", "39,521,544", "4.79", "224x224", "-", "-", "-"] in lines

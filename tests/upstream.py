@@ -1,21 +1,22 @@
 """The upstream implementations' facts, for tests: tensor lists, small checkpoints and what they must give.
 
 The fixtures were written by the upstream code itself (MindCV on MindSpore, the authors' repository) with random
-weights. `load_state_dict` gives a fixture's tensors under our key names.
+weights. `read_mindspore` is a reader of its own, small and trusting, to judge the package's by.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from visformer.checkpoint import Checkpoint
+from visformer.convert import read_any
 from visformer.models import Architecture, Visformer
-from visformer.models.variants import _pyramid
 
 FIXTURES = Path(__file__).parent / "fixtures" / "upstream"
 
@@ -26,55 +27,42 @@ def tensor_shapes(source: str, model: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in rows}
 
 
+HEADS = {  # of each stage, which no tensor tells
+    "mindcv_mini_v1": (2, 2, 2, 2),
+    "mindcv_mini_v2": (1, 2, 4, 8),
+    "orig_mini_v1": (2, 2, 2),
+    "orig_mini_net1": (2,),
+    "orig_mini_net6": (2, 2, 2),
+    "orig_mini_swin_v2": None,
+    "orig_mini_swin_v2_448_shift": None,
+}
+MINI = tuple(HEADS)
+
+
+def mini_path(fixture: str) -> Path:
+    """The checkpoint of a fixture, as upstream wrote it."""
+    return FIXTURES / "mini" / (fixture + (".ckpt" if fixture.startswith("mindcv") else ".pth"))
+
+
+def mini_checkpoint(fixture: str) -> Checkpoint:
+    """A fixture as a checkpoint of ours."""
+    return read_any(mini_path(fixture), num_heads=HEADS[fixture])
+
+
 def mini_architecture(fixture: str, **changes) -> Architecture:
     """The architecture of a fixture in `mini/`."""
-    shapes = {
-        "mindcv_mini_v1": {"depths": (0, 2, 2, 2), "heads": (2, 2, 2, 2), "gelu": "tanh", "qk_scale_power": -0.25},
-        "mindcv_mini_v2": {"depths": (1, 1, 2, 2), "heads": (1, 2, 4, 8), "gelu": "tanh", "qk_scale_power": -0.5},
-        "orig_mini_v1": {"depths": (0, 2, 2, 2), "heads": (2, 2, 2, 2), "gelu": "erf", "qk_scale_power": -0.25},
-    }[fixture]
-    return _pyramid(8, 64, **(shapes | {"num_classes": 10, "image_size": (64, 64)} | changes))
+    return replace(mini_checkpoint(fixture).architecture, **changes)
 
 
 def mini_model(fixture: str, **changes) -> Visformer:
     """A fixture's model with its weights, in evaluation mode."""
-    model = Visformer(mini_architecture(fixture, **changes))
-    model.load_state_dict(load_state_dict(fixture, len(model.stages)))
-    return model.eval()
+    checkpoint = mini_checkpoint(fixture)
+    return replace(checkpoint, architecture=replace(checkpoint.architecture, **changes)).build()
 
 
 def outputs(fixture: str) -> dict[str, np.ndarray]:
     """The fixture's input and everything that must come out."""
     return dict(np.load(FIXTURES / "mini" / f"{fixture}.npz"))
-
-
-def load_state_dict(fixture: str, stages: int) -> dict[str, Tensor]:
-    """A fixture's tensors under our key names."""
-    checkpoint, pickled = (FIXTURES / "mini" / f"{fixture}{suffix}" for suffix in (".ckpt", ".pth"))
-    tensors = read_mindspore(checkpoint.read_bytes()) if checkpoint.exists() else torch.load(pickled, weights_only=True)
-    renamed = {rename(name, offset=4 - stages): tensor for name, tensor in tensors.items()}
-    for name in [n for n in renamed if n.endswith(".running_var")]:
-        renamed.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    return renamed
-
-
-def rename(name: str, offset: int) -> str:
-    """An upstream name as ours; `offset` is 1 where upstream's stage 0 is empty."""
-    for old, new in [(".bn.", "."), (".gamma", ".weight"), (".beta", ".bias"), (".moving_mean", ".running_mean")]:
-        name = name.replace(old, new)
-    name = name.replace(".moving_variance", ".running_var")
-    stage = re.match(r"(pos_embed|patch_embed|stage)(\d)(.*)", name)
-    if not stage:
-        return name
-    kind, number, rest = stage[1], int(stage[2]) - offset, stage[3]
-    if kind == "pos_embed":
-        return f"stages.{number}.pos_embed.weight"
-    if kind == "patch_embed":
-        return f"stages.{number}.embed{rest}"
-    rest = re.sub(r"^\.(\d+)\.norm1", r".\1.attn.norm", rest)
-    rest = re.sub(r"^\.(\d+)\.norm2", r".\1.mlp.norm", rest)
-    rest = re.sub(r"^\.(\d+)\.(attn|mlp)\.(?!norm)", r".\1.\2.branch.", rest)
-    return f"stages.{number}.blocks{rest}"
 
 
 def read_mindspore(data: bytes) -> dict[str, Tensor]:

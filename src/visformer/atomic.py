@@ -22,20 +22,30 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises `RunError` naming the file when the disk is full, read-only or otherwise refuses.
     """
+
+    def write_to(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            write(file)
+
+    atomic_replace(path, write_to)
+
+
+def atomic_replace(path: str | Path, write_to: Callable[[Path], object]) -> None:
+    """As `atomic_write`, for a writer that opens its file by itself: it gets the temporary file's path."""
     path = Path(path)
     with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                write(file)
-                file.flush()
+            os.close(descriptor)
+            write_to(Path(name))
+            with open(name, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(name)
             raise
         _sync_folder(path.parent)
 

@@ -18,20 +18,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from errno import EIO, ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visformer.atomic import atomic_write
+from visformer.atomic import atomic_replace, atomic_write
 from visformer.data.preprocessing import Preprocessing
 from visformer.errors import RunError, UsageError
 from visformer.models import Architecture, Visformer
 
 FORMAT_VERSION = 1
+
+M = TypeVar("M", bound=Visformer)
 
 
 @dataclass
@@ -59,11 +62,11 @@ class Checkpoint:
         }
         return {"format": "pt", **{key: json.dumps(value, ensure_ascii=False) for key, value in document.items()}}
 
-    def build(self) -> Visformer:
+    def build(self, model_class: type[M] = Visformer) -> M:
         """The model with its weights, in evaluation mode on the CPU, and beside its `config`: `model_name`,
-        `class_names`, `preprocessing`, `training` and `source`."""
+        `class_names`, `preprocessing`, `training_summary` and `source`."""
         with torch.device("meta"):
-            model = Visformer(self.architecture)
+            model = model_class(self.architecture)
         try:
             model.load_state_dict(self.state_dict, assign=True)
         except RuntimeError as error:
@@ -78,9 +81,23 @@ class Checkpoint:
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`, whole or not at all. Raises `RunError` when the disk refuses."""
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in checkpoint.state_dict.items()}
-    data = serialize(tensors, metadata=checkpoint.metadata())
-    atomic_write(path, lambda file: file.write(data))
+    write_safetensors(path, checkpoint.state_dict, checkpoint.metadata())
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors of any device to a `.safetensors` file, whole or not at all, without a copy of them all in memory.
+
+    Raises `RunError` when the disk refuses.
+    """
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+    def write_to(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # the library reports the system's errors as its own
+            raise OSError(ENOSPC if "No space" in str(error) else EIO, str(error)) from error
+
+    atomic_replace(path, write_to)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -109,20 +126,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     except (UsageError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: its metadata is damaged: {error}") from error
-
-
-def load_model(path: str | Path) -> Visformer:
-    """The model of a checkpoint in evaluation mode on the CPU, giving logits.
-
-    It carries `config` (its `Architecture`), `model_name`, `class_names`, `preprocessing`, `training_summary` and
-    `source`.
-    Raises `UsageError` naming the file when it is missing, damaged or of another kind.
-    """
-    try:
-        return read_checkpoint(path).build()
-    except UsageError as error:
-        message = str(error)
-        raise UsageError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
 
 def match_head(model: Visformer, checkpoint: Checkpoint, class_names: list[str]) -> tuple[list[str], list[str]]:

@@ -6,13 +6,25 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import upstream
+from visformer.convert.layouts import TIMM
 from visformer.models import Visformer, create_model, list_models
 
-COUNTS = {  # trainable parameters; with BatchNorm's running statistics; GMACs at 224x224
+COUNTS = {  # trainable parameters; with BatchNorm's running statistics, where upstream gives it; GMACs at 224x224
     "visformer_tiny": (10_321_368, 10_334_072, 1.268),
     "visformer_tiny_v2": (9_371_056, 9_383_392, 1.28),
     "visformer_small": (40_219_592, 40_245_000, 4.879),
     "visformer_small_v2": (23_492_168, 23_518_344, 4.27),
+    "swin_visformer_tiny_v2": (9_403_384, 9_415_720, 1.284),
+    "swin_visformer_small": (40_530_200, 40_555_800, 4.899),
+    "swin_visformer_small_v2": (23_581_928, 23_608_104, 4.266),
+    "swin_visformer_medium_v2": (44_536_120, 44_571_512, 8.452),
+    "net1": (22_008_424, None, 4.574),
+    "net2": (23_865_032, None, 4.768),
+    "net3": (39_498_440, None, 4.788),
+    "net4": (39_498_440, None, 4.788),
+    "net5": (39_240_392, None, 4.759),
+    "net6": (38_976_968, None, 4.759),
+    "net7": (44_976_584, None, 4.829),
 }
 
 
@@ -22,7 +34,8 @@ def test_parameter_counts(name):
         model = create_model(name)
     params = sum(p.numel() for p in model.parameters())
     statistics = sum(b.numel() for b in model.buffers() if b.dim())
-    assert (params, params + statistics) == COUNTS[name][:2]
+    expected, with_statistics, _ = COUNTS[name]
+    assert params == expected and with_statistics in (None, params + statistics)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -34,27 +47,7 @@ def test_gmacs(name):
     assert counter.get_total_flops() / 2e9 == pytest.approx(COUNTS[name][2], rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "source, name",
-    [
-        *(("mindcv", n) for n in COUNTS),
-        *((s, n) for s in ("original", "timm") for n in ("visformer_tiny", "visformer_small")),
-    ],
-)
-def test_every_upstream_tensor_has_its_place(source, name):
-    with torch.device("meta"):
-        model = create_model(name)
-    ours = {key: tuple(t.shape) for key, t in model.state_dict().items() if "num_batches_tracked" not in key}
-    offset = 4 - len(model.stages)
-    theirs = {
-        upstream.rename(key, offset): shape
-        for key, shape in upstream.tensor_shapes(source, name).items()
-        if "num_batches_tracked" not in key
-    }
-    assert ours == theirs
-
-
-@pytest.mark.parametrize("fixture", ["mindcv_mini_v1", "mindcv_mini_v2", "orig_mini_v1"])
+@pytest.mark.parametrize("fixture", upstream.MINI)
 def test_fixture_gives_upstream_numbers(fixture):
     model, expected = upstream.mini_model(fixture), upstream.outputs(fixture)
     images = torch.from_numpy(expected["input"])
@@ -63,8 +56,13 @@ def test_fixture_gives_upstream_numbers(fixture):
         logits = model(images)
     torch.testing.assert_close(logits.numpy(), expected["logits"], atol=5e-5, rtol=0)
     torch.testing.assert_close(features.numpy(), expected["forward_features"], atol=5e-5, rtol=0)
-    for number, stage in enumerate(maps, start=4 - len(maps)):
-        torch.testing.assert_close(stage.numpy(), expected[f"stage{number}"], atol=1e-4, rtol=0)
+    first = 2 if fixture == "orig_mini_net1" else 4 - len(maps)
+    compared = 0
+    for number, stage in enumerate(maps, start=first):
+        if f"stage{number}" in expected:
+            torch.testing.assert_close(stage.numpy(), expected[f"stage{number}"], atol=1e-4, rtol=0)
+            compared += 1
+    assert compared >= min(2, len(maps))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +84,9 @@ def test_erf_form_gives_the_other_logits(fixture):
     torch.testing.assert_close(logits.numpy(), expected["logits_erf"], atol=5e-5, rtol=0)
 
 
-def test_float64_agrees_with_the_authors():
-    model, expected = upstream.mini_model("orig_mini_v1").double(), upstream.outputs("orig_mini_v1")
+@pytest.mark.parametrize("fixture", [name for name in upstream.MINI if name.startswith("orig")])
+def test_float64_agrees_with_the_authors(fixture):
+    model, expected = upstream.mini_model(fixture).double(), upstream.outputs(fixture)
     with torch.no_grad():
         logits = model(torch.from_numpy(expected["input"]).double())
     torch.testing.assert_close(logits.numpy(), expected["logits_f64"], atol=1e-9, rtol=0)
@@ -103,7 +102,10 @@ def test_same_logits_as_timm(name):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     ours = create_model(name, num_classes=7, image_size=96).eval().double()
-    ours.load_state_dict({upstream.rename(key, 1): value for key, value in theirs.state_dict().items()})
+    tensors = theirs.state_dict()
+    names = TIMM.names(ours.config, ours.state_dict())
+    ours.load_state_dict({key: tensors[name.theirs] for key, name in names.items()})
+    assert len(names) == len(tensors)
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-9, rtol=1e-9)

@@ -8,7 +8,6 @@ difference these make. Before anything is timed, the two models must give the sa
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from timm.models import is_model, list_models, model_entrypoint
 from torch import Tensor, nn
 
 from visformer.config import TrainConfig
+from visformer.convert.layouts import TIMM
 from visformer.data import Batch, Preprocessing
 from visformer.distributed import autocast
 from visformer.errors import RunError, UsageError
@@ -34,15 +34,6 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 TOLERANCE = 1e-6  # of the largest logit, in float64
 BASELINE = "timm"  # name of the contender that ratios are against
-
-# timm's names into ours, in order; timm counts stages from 1. The stem, the last norm and the head have the same names.
-_NAMES = (
-    (r"pos_embed(\d)$", r"stages.\1.pos_embed.weight"),
-    (r"patch_embed(\d)\.", r"stages.\1.embed."),
-    (r"stage(\d)\.(\d+)\.norm1\.", r"stages.\1.blocks.\2.attn.norm."),
-    (r"stage(\d)\.(\d+)\.norm2\.", r"stages.\1.blocks.\2.mlp.norm."),
-    (r"stage(\d)\.(\d+)\.(attn|mlp)\.", r"stages.\1.blocks.\2.\3.branch."),
-)
 
 
 @dataclass(frozen=True)
@@ -68,11 +59,9 @@ def _is_timms_own(name: str) -> bool:
     return is_model(name) and model_entrypoint(name).__module__.startswith("timm.")
 
 
-def our_name(name: str) -> str:
-    """The name in our state dict of a tensor in that of timm's Visformer."""
-    for pattern, replacement in _NAMES:
-        name = re.sub(f"^{pattern}", replacement, name)
-    return re.sub(r"^stages\.(\d)", lambda match: f"stages.{int(match[1]) - 1}", name)
+def timms_names(ours: Visformer) -> dict[str, str]:
+    """Names in timm's state dict -> in ours."""
+    return {name.theirs: key for key, name in TIMM.names(ours.config, ours.state_dict()).items()}
 
 
 def build_pair(name: str, image_size: int) -> Pair:
@@ -84,7 +73,8 @@ def build_pair(name: str, image_size: int) -> Pair:
     theirs = timm.create_model(
         name, num_classes=NUM_CLASSES, img_size=image_size, drop_path_rate=ours.config.drop_path_rate
     )
-    ours.load_state_dict({our_name(key): tensor for key, tensor in theirs.state_dict().items()})
+    names = timms_names(ours)
+    ours.load_state_dict({names[key]: tensor for key, tensor in theirs.state_dict().items()})
     difference = logit_difference(ours, theirs, image_size)
     if not difference <= TOLERANCE:
         raise RunError(
@@ -95,17 +85,17 @@ def build_pair(name: str, image_size: int) -> Pair:
 
 
 @torch.no_grad()
-def logit_difference(ours: nn.Module, theirs: nn.Module, image_size: int) -> float:
+def logit_difference(ours: Visformer, theirs: nn.Module, image_size: int) -> float:
     """Largest difference between the logits in eval mode and float64, as a share of the largest logit.
 
     Norms get random statistics, scales and shifts for this, the same in both; the models themselves stay as they are.
     """
-    ours, theirs = (copy.deepcopy(model).double().eval() for model in (ours, theirs))
+    ours, theirs = copy.deepcopy(ours).double().eval(), copy.deepcopy(theirs).double().eval()
     generator = torch.Generator().manual_seed(0)
-    mine = ours.state_dict()
+    mine, names = ours.state_dict(), timms_names(ours)
     for key, tensor in theirs.state_dict().items():
         if tensor.dim() == 1:  # norms and biases
-            mine[our_name(key)].copy_(tensor.uniform_(0.5, 1.5, generator=generator))
+            mine[names[key]].copy_(tensor.uniform_(0.5, 1.5, generator=generator))
     images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64, generator=generator)
     expected = theirs(images)
     return ((ours(images) - expected).abs().max() / expected.abs().max()).item()
