@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from visformer import models
-    from visformer.checkpoint import load_model as load
+    from visformer.hub import Visformer, list_pretrained
     from visformer.models import list_models
-    from visformer.pretrained import create_model
+    from visformer.pretrained import create_model, load
     from visformer.verbs.predictor import Predictor
 
     bench: Callable[..., Any]
+    convert: Callable[..., Any]
     predict: Callable[..., Any]
     quickstart: Callable[..., Any]
     train: Callable[..., Any]
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Predictor",
+    "Visformer",
     "bench",
+    "convert",
     "create_model",
     "list_models",
+    "list_pretrained",
     "load",
     "models",
     "predict",
@@ -46,10 +50,12 @@ __all__ = [
 _OBJECTS = {  # public name -> module and name there
     "create_model": ("visformer.pretrained", "create_model"),
     "list_models": ("visformer.models", "list_models"),
-    "load": ("visformer.checkpoint", "load_model"),
+    "list_pretrained": ("visformer.hub", "list_pretrained"),
+    "load": ("visformer.pretrained", "load"),
+    "Visformer": ("visformer.hub", "Visformer"),
     "Predictor": ("visformer.verbs.predictor", "Predictor"),
 }
-_VERBS = ("bench", "predict", "quickstart", "train", "validate")
+_VERBS = ("bench", "convert", "predict", "quickstart", "train", "validate")
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,15 @@ VERBS = {
         ),
         "visformer.verbs.predict:PredictOptions",
     ),
+    "convert": Verb(
+        "Turn any published checkpoint into ours, or ours into MindCV's, the authors' or timm's.",
+        (
+            "visformer convert visformer_small-6c83b6db.ckpt visformer_small.safetensors",
+            "visformer convert checkpoint.pth mine.safetensors --class_names names.txt",
+            "visformer convert ckpt/best.safetensors best.ckpt --to mindcv",
+        ),
+        "visformer.verbs.convert:ConvertOptions",
+    ),
     "bench": Verb(
         "Measure speed beside timm's own model, in one run.",
         ("visformer bench --what train", "visformer bench --what infer --json"),

@@ -56,6 +56,9 @@ class TrainConfig:
     tensorboard: bool = option(
         False, "write TensorBoard's event files into the run folder; needs the extra [tensorboard]"
     )
+    trackio: str = option(
+        "", "name of a trackio project that gets the figures as well; empty: none; needs the extra [trackio]"
+    )
 
     dataset: str = option(
         "imagenet",
@@ -126,9 +129,12 @@ class TrainConfig:
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
 
     pretrained: bool | str = option(
-        False, "checkpoint to fine-tune from; rows of the head are matched by class name", group="Checkpoints"
+        False,
+        "weights to fine-tune from: a file that `visformer convert` reads, a URL, hf-hub:owner/name, a published "
+        "weight's name, or True for those published of this model; rows of the head are matched by class name",
+        group="Checkpoints",
     )
-    ckpt_path: str = option("", "checkpoint to start from; with resume_opt, to continue")
+    ckpt_path: str = option("", "as pretrained, as MindCV names it; with resume_opt, the run's checkpoint to continue")
     resume_opt: bool = option(False, "continue the run of ckpt_path exactly: optimizer, schedule, position in the data")
     resume: Literal["", "auto"] = option("", "auto: continue the run in ckpt_save_dir if there is one, else begin")
     keep_checkpoint_max: int = option(10, "checkpoints kept beside last and best")

@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from visformer.config import fields_by_group
-from visformer.option_types import placeholder
+from visformer.option_types import placeholder, takes_several
 from visformer.options import recipes
 
 
 def help_text(cls: type, *, prog: str, summary: str, examples: Sequence[str]) -> str:
     """The whole help of a verb whose options are the dataclass `cls`, wrapped to the terminal's width."""
     positional = [field for field in dataclasses.fields(cls) if field.metadata.get("positional")]
-    words = "".join(f" [{field.name.upper()} ...]" for field in positional)
+    hints = typing.get_type_hints(cls)
+    words = "".join(
+        f" [{field.name.upper()} ...]" if takes_several(hints[field.name]) else f" {field.name.upper()}"
+        for field in positional
+    )
     commands = "\n".join(f"  {example}" for example in examples)
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -33,7 +37,6 @@ def help_text(cls: type, *, prog: str, summary: str, examples: Sequence[str]) ->
         metavar="FILE|RECIPE",
         help=f"YAML file of options, or a recipe ({', '.join(recipes())}); what is typed wins over it",
     )
-    hints = typing.get_type_hints(cls)
     for title, fields in fields_by_group(cls).items():
         group = parser.add_argument_group(title)
         for field in fields:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from visformer.convert.containers import Foreign
-from visformer.convert.foreign import read_foreign
+from visformer.conversion.containers import Foreign
+from visformer.conversion.foreign import read_foreign
 from visformer.errors import UsageError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -22,7 +22,7 @@ DESTRUCTION = settings(PROPERTY, max_examples=300)
 
 GROWTH = """
 import re, sys
-from visformer.convert.foreign import read_foreign
+from visformer.conversion.foreign import read_foreign
 def anonymous():
     text = open('/proc/self/smaps_rollup').read()
     return int(re.search(r'Anonymous: +([0-9]+) kB', text)[1]) * 1024

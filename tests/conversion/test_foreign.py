@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from tests.convert.safety import DESTRUCTION, MINI, PROPERTY, attempt, private_growth, refused, saved, taken
-from tests.convert.test_mindspore import NAMES, same, tensors_of, value
-from visformer.convert.foreign import MAX_HEADER_BYTES, MAX_TENSORS, read_foreign
-from visformer.convert.mindspore import write_ckpt
-from visformer.convert.pickles import write_pth
+from tests.conversion.safety import DESTRUCTION, MINI, PROPERTY, attempt, private_growth, refused, saved, taken
+from tests.conversion.test_mindspore import NAMES, same, tensors_of, value
+from visformer.conversion.foreign import MAX_HEADER_BYTES, MAX_TENSORS, read_foreign
+from visformer.conversion.mindspore import write_ckpt
+from visformer.conversion.pickles import write_pth
 from visformer.errors import UsageError
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2]), "c": torch.tensor(0.5).bfloat16()}

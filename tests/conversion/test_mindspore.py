@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import upstream
-from tests.convert.safety import DESTRUCTION, FIXTURES, MINI, PROPERTY, attempt, refused, taken
-from visformer.convert.containers import MAX_TENSORS, Foreign, aligned
-from visformer.convert.mindspore import DTYPES, read_ckpt, read_mindspore, write_ckpt
+from tests.conversion.safety import DESTRUCTION, FIXTURES, MINI, PROPERTY, attempt, refused, taken
+from visformer.conversion.containers import MAX_TENSORS, Foreign, aligned
+from visformer.conversion.mindspore import DTYPES, read_ckpt, read_mindspore, write_ckpt
 from visformer.errors import UsageError
 
 CKPT = FIXTURES / "ckpt"

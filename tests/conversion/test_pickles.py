@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.convert.safety import DESTRUCTION, MINI, PROPERTY, attempt, refused, saved, taken
-from tests.convert.test_mindspore import NAMES, same, tensors_of
-from visformer.convert.pickles import read_pth, write_pth
+from tests.conversion.safety import DESTRUCTION, MINI, PROPERTY, attempt, refused, saved, taken
+from tests.conversion.test_mindspore import NAMES, same, tensors_of
+from visformer.conversion.pickles import read_pth, write_pth
 from visformer.errors import RunError, UsageError
 
 

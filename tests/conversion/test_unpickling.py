@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.convert.safety import DESTRUCTION, attempt, refused, saved, taken
-from visformer.convert.unpickling import MAX_PICKLE_BYTES
+from tests.conversion.safety import DESTRUCTION, attempt, refused, saved, taken
+from visformer.conversion.unpickling import MAX_PICKLE_BYTES
 
 W = torch.ones(2)
 

@@ -8,9 +8,9 @@ import torch
 
 from tests import upstream
 from visformer.checkpoint import Checkpoint
-from visformer.convert import read_any, resized, write_as
-from visformer.convert.foreign import read_foreign
-from visformer.convert.writing import logit_difference, relative_position_index
+from visformer.conversion import read_any, resized, write_as
+from visformer.conversion.foreign import read_foreign
+from visformer.conversion.writing import logit_difference, relative_position_index
 from visformer.data.preprocessing import Preprocessing
 from visformer.errors import UsageError
 from visformer.models import Visformer, architecture

@@ -17,9 +17,9 @@ from pathlib import Path
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["visformer.convert"]):
-    from visformer.convert.containers import aligned
-    from visformer.convert.mindspore import read_mindspore, write_ckpt
+with atheris.instrument_imports(include=["visformer.conversion"]):
+    from visformer.conversion.containers import aligned
+    from visformer.conversion.mindspore import read_mindspore, write_ckpt
 from visformer.errors import UsageError
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm"))

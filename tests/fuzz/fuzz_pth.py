@@ -25,9 +25,9 @@ from pathlib import Path
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["visformer.convert", "pickletools"]):
-    from visformer.convert.archives import LEGACY_MAGIC, ZIP_MAGIC
-    from visformer.convert.pickles import read_pth
+with atheris.instrument_imports(include=["visformer.conversion", "pickletools"]):
+    from visformer.conversion.archives import LEGACY_MAGIC, ZIP_MAGIC
+    from visformer.conversion.pickles import read_pth
 from visformer.errors import UsageError
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm"))

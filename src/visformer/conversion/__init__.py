@@ -3,11 +3,11 @@
 `read_any` takes any known format; `convert_file` also tells how it came about; `write_as` goes the other way.
 """
 
-from visformer.convert.changing import resized, with_new_head
-from visformer.convert.layouts import LAYOUTS
-from visformer.convert.reading import CONTAINERS, Conversion, convert_file, read_any
-from visformer.convert.recognise import CUSTOM, Choices, name_and_source
-from visformer.convert.writing import Written, check_suffix, write_as
+from visformer.conversion.changing import resized, with_new_head
+from visformer.conversion.layouts import LAYOUTS
+from visformer.conversion.reading import CONTAINERS, Conversion, convert_file, read_any
+from visformer.conversion.recognise import CUSTOM, Choices, name_and_source
+from visformer.conversion.writing import Written, check_suffix, write_as
 
 __all__ = [
     "CONTAINERS",

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from visformer.convert.containers import map_file, shown, tensor_view
-from visformer.convert.unpickling import MAX_PICKLE_BYTES, Namespace, Storage, TensorSpec, Window, read_pickle
+from visformer.conversion.containers import map_file, shown, tensor_view
+from visformer.conversion.unpickling import MAX_PICKLE_BYTES, Namespace, Storage, TensorSpec, Window, read_pickle
 from visformer.errors import UsageError
 
 ZIP_MAGIC = b"PK\x03\x04"

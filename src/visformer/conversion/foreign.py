@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from visformer.convert.archives import LEGACY_MAGIC, ZIP_MAGIC
-from visformer.convert.containers import (
+from visformer.conversion.archives import LEGACY_MAGIC, ZIP_MAGIC
+from visformer.conversion.containers import (
     MAX_TENSORS,
     Foreign,
     check_count,
@@ -25,8 +25,8 @@ from visformer.convert.containers import (
     check_shape,
     naming,
 )
-from visformer.convert.mindspore import ENCRYPTED, read_mindspore
-from visformer.convert.pickles import read_pth
+from visformer.conversion.mindspore import ENCRYPTED, read_mindspore
+from visformer.conversion.pickles import read_pth
 from visformer.errors import UsageError
 
 __all__ = ["MAX_TENSORS", "Foreign", "read_foreign"]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from visformer.atomic import atomic_write
-from visformer.convert.containers import (
+from visformer.conversion.containers import (
     MAX_DIMENSIONS,
     MAX_TENSORS,
     Foreign,

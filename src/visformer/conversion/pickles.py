@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from visformer.atomic import atomic_write
-from visformer.convert.archives import Archive, open_archive
-from visformer.convert.containers import Foreign, check_count, check_name, naming, shown
-from visformer.convert.unpickling import Namespace, TensorSpec
+from visformer.conversion.archives import Archive, open_archive
+from visformer.conversion.containers import Foreign, check_count, check_name, naming, shown
+from visformer.conversion.unpickling import Namespace, TensorSpec
 from visformer.errors import UsageError
 
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")

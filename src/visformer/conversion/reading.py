@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from visformer.checkpoint import Checkpoint, read_checkpoint
-from visformer.convert.foreign import Foreign, read_foreign
-from visformer.convert.layouts import LAYOUTS, MINDCV, Layout
-from visformer.convert.recognise import CUSTOM, Choices, recognise_layout, recognise_model
+from visformer.conversion.foreign import Foreign, read_foreign
+from visformer.conversion.layouts import LAYOUTS, MINDCV, Layout
+from visformer.conversion.recognise import CUSTOM, Choices, recognise_layout, recognise_model
 from visformer.data import imagenet
 from visformer.data.preprocessing import Preprocessing, for_channels
 from visformer.errors import UsageError, nearest

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from visformer.convert.layouts import AUTHORS, AUTHORS_2021, MINDCV, OURS, TIMM, Layout
-from visformer.convert.shapes import read_shape
+from visformer.conversion.layouts import AUTHORS, AUTHORS_2021, MINDCV, OURS, TIMM, Layout
+from visformer.conversion.shapes import read_shape
 from visformer.errors import UsageError
 from visformer.models import VARIANTS, Architecture, StageConfig, variant
 

@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from visformer.convert.containers import MAX_DIMENSIONS, check_shape, shown
+from visformer.conversion.containers import MAX_DIMENSIONS, check_shape, shown
 from visformer.errors import UsageError
 
 MAX_PICKLE_BYTES = 16 << 20

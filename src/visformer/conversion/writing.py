@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from visformer.checkpoint import Checkpoint, write_safetensors
-from visformer.convert.layouts import LAYOUTS, Layout
-from visformer.convert.mindspore import write_ckpt
-from visformer.convert.pickles import write_pth
-from visformer.convert.reading import COUNTER, in_memory
+from visformer.conversion.layouts import LAYOUTS, Layout
+from visformer.conversion.mindspore import write_ckpt
+from visformer.conversion.pickles import write_pth
+from visformer.conversion.reading import COUNTER, in_memory
 from visformer.errors import UsageError
 from visformer.models import Architecture
 from visformer.models.attention import Windows

@@ -102,8 +102,15 @@ def open_evaluation(
 
 
 def class_mapping(data_names: Sequence[str], model_names: Sequence[str]) -> list[int]:
-    """For each class of the data its index among the model's, by name; one that the model lacks is a `UsageError`."""
+    """For each class of the data its index among the model's, by name; one that the model lacks is a `UsageError`.
+
+    A model whose classes have numbers for names, as one from another project's checkpoint, takes as many classes of
+    the data in their order, which is the order of the folders' names everywhere.
+    """
     index_of = {name: index for index, name in enumerate(model_names)}
+    numbered = list(model_names) == [str(index) for index in range(len(model_names))]
+    if numbered and len(data_names) == len(model_names) and not set(data_names) <= set(model_names):
+        return list(range(len(model_names)))
     for name in data_names:
         if name not in index_of:
             raise UsageError(

@@ -176,9 +176,8 @@ def _at_most(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     longest_h = math.ceil(_LONGEST * image.width * height / width)
     if image.width <= longest_w and image.height <= longest_h:
         return image
-    new_w, new_h = min(image.width, longest_w), min(image.height, longest_h)
-    left, top = (image.width - new_w) // 2, (image.height - new_h) // 2
-    return image.crop((left, top, left + new_w, top + new_h))
+    left, top = max(0, image.width - longest_w) // 2, max(0, image.height - longest_h) // 2
+    return image.crop((left, top, image.width - left, image.height - top))  # as much off either end: same middle
 
 
 def _resize_tensor(image: Image.Image, size: tuple[int, int], interpolation: str) -> torch.Tensor:

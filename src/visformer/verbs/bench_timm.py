@@ -19,7 +19,7 @@ from timm.models import is_model, list_models, model_entrypoint
 from torch import Tensor, nn
 
 from visformer.config import TrainConfig
-from visformer.convert.layouts import TIMM
+from visformer.conversion.layouts import TIMM
 from visformer.data import Batch, Preprocessing
 from visformer.distributed import autocast
 from visformer.errors import RunError, UsageError

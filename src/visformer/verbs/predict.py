@@ -35,8 +35,15 @@ class PredictOptions:
         positional=True,
         alias="image_path",
     )
-    ckpt_path: str = option("", "checkpoint to label with, a .safetensors file that training wrote", group="Model")
-    model: str = option("", "name that the checkpoint's model must have; empty: any")
+    ckpt_path: str = option(
+        "",
+        "checkpoint to label with: a file that training wrote, or any that `visformer convert` reads, a URL, "
+        "hf-hub:owner/name, or a published weight's name",
+        group="Model",
+    )
+    model: str = option(
+        "", "name that the checkpoint's model must have; empty: any. With .mindcv, .authors or .timm: whose conventions"
+    )
     top_k: int = option(5, "labels for each image, best first; at most as many as there are classes", group="Output")
     format: Literal["text", "json", "csv"] | None = option(None, "None: by the suffix of output, else text")
     output: str = option("", "file to write to instead of stdout; it appears, or replaces another, when complete")

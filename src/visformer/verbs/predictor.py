@@ -21,12 +21,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from visformer.checkpoint import load_model
+from visformer.data import imagenet
 from visformer.data.decode import MODES, ImageError, open_image
 from visformer.data.loader import available_cores
 from visformer.data.preprocessing import Preprocessing
 from visformer.distributed import autocast, select_device
 from visformer.errors import UsageError
+from visformer.pretrained import load
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,9 +37,10 @@ ImageLike = str | Path | bytes | Image.Image | np.ndarray
 class Predictor:
     """Labels images with a classifier.
 
-    `model` is a checkpoint's path, or a model as `visformer.load` returns it (it is moved to the device and set to
-    eval mode). `device` is auto, cpu, cuda, mps, xpu or npu; `amp_level` O0 computes in fp32, O1 to O3 in `amp_dtype`
-    (bf16 or fp16). `num_workers` is the number of decoding threads (None: one for each core, at most 8; 0: none).
+    `model` is a checkpoint, as `visformer.load` takes it, or a model as that returns it (it is moved to the device and
+    set to eval mode). `device` is auto, cpu, cuda, mps, xpu or npu; `amp_level` O0 computes in fp32, O1 to O3 in
+    `amp_dtype` (bf16 or fp16). `num_workers` is the number of decoding threads (None: one for each core, at most 8; 0:
+    none).
     Raises `UsageError` for a checkpoint that can't be used.
     """
 
@@ -57,10 +59,11 @@ class Predictor:
             if value < 1:
                 raise UsageError(f"{name}: {value} is out of range; it must be at least 1")
         self.device = select_device(device)
-        loaded: Any = model if isinstance(model, nn.Module) else load_model(model)
+        loaded: Any = model if isinstance(model, nn.Module) else load(model)
         self.class_names: list[str] = list(loaded.class_names)
         if not self.class_names:
             raise UsageError(f"{model}: has no classes, so it gives features and not labels")
+        self.descriptions = imagenet.describe(self.class_names)
         self.preprocessing: Preprocessing = loaded.preprocessing
         self.model = loaded.to(self.device, memory_format=torch.channels_last).eval()
         self.top_k = min(top_k, len(self.class_names))
@@ -77,8 +80,8 @@ class Predictor:
 
         An image is a path, the bytes of a file, a PIL image, or a uint8 array (H, W) or (H, W, C) in RGB order,
         values in [0, 255]. A record is `{"path", "predictions": [{"label", "index", "probability"}, ...]}` with the
-        `top_k` best classes, best first, or `{"path", "error"}` for what can't be read. An image that is no file is
-        called `image[position]`.
+        `top_k` best classes, best first, each with a "description" where its label is an ImageNet id; or `{"path",
+        "error"}` for what can't be read. An image that is no file is called `image[position]`.
         """
         if isinstance(images, (str, Path, bytes, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
@@ -125,14 +128,17 @@ class Predictor:
         probabilities, order = logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
         best = zip(probabilities[:, : self.top_k].tolist(), order[:, : self.top_k].tolist(), strict=True)
         return [
-            [
-                {"label": self.class_names[index], "index": index, "probability": probability}
-                for probability, index in zip(values, indices, strict=True)
-            ]
+            [self._prediction(index, probability) for probability, index in zip(values, indices, strict=True)]
             if good
             else []
             for good, (values, indices) in zip(finite, best, strict=True)
         ]
+
+    def _prediction(self, index: int, probability: float) -> dict[str, Any]:
+        """A class with its probability, and with words for a class of ImageNet, whose label is a WordNet id."""
+        label = self.class_names[index]
+        words = {"description": self.descriptions[label]} if label in self.descriptions else {}
+        return {"label": label, **words, "index": index, "probability": probability}
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

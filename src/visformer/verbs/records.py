@@ -1,7 +1,7 @@
 """Predictions as text, JSON or CSV, record by record, so that a run over many files needs no memory for its output.
 
 Each format is a generator from records to pieces of text. A record is `{"path", "predictions": [{"label", "index",
-"probability"}, ...]}`, best first, or `{"path", "error"}`.
+"probability"}, ...]}`, best first, or `{"path", "error"}`; a class of ImageNet also has its "description".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 SAMPLE = 64  # records that are looked at before the first line, to find the widths of the columns
 WIDEST = 60  # cells; a longer path moves its own line alone
 BAR_CELLS = 10
-CSV_COLUMNS = ["path", "rank", "label", "index", "probability", "error"]
+CSV_COLUMNS = ["path", "rank", "label", "description", "index", "probability", "error"]
 
 
 def as_json(records: Iterable[Record]) -> Iterator[str]:
@@ -35,10 +35,11 @@ def as_csv(records: Iterable[Record]) -> Iterator[str]:
     yield _csv_row(CSV_COLUMNS)
     for record in records:
         if "error" in record:
-            yield _csv_row([record["path"], "", "", "", "", record["error"]])
+            yield _csv_row([record["path"], "", "", "", "", "", record["error"]])
             continue
         for rank, best in enumerate(record["predictions"], start=1):
-            yield _csv_row([record["path"], rank, best["label"], best["index"], repr(best["probability"]), ""])
+            words = best.get("description", "")
+            yield _csv_row([record["path"], rank, best["label"], words, best["index"], repr(best["probability"]), ""])
 
 
 def as_text(records: Iterable[Record]) -> Iterator[str]:
@@ -46,7 +47,7 @@ def as_text(records: Iterable[Record]) -> Iterator[str]:
     records = iter(records)
     sample = list(itertools.islice(records, SAMPLE))
     path_width = max((_cells(printable(r["path"])) for r in sample), default=0)
-    label_width = max((_cells(printable(r["predictions"][0]["label"])) for r in sample if "error" not in r), default=0)
+    label_width = max((_cells(_words(r["predictions"][0])) for r in sample if "error" not in r), default=0)
     path_width, label_width = min(path_width, WIDEST), min(label_width, WIDEST // 2)
     for record in itertools.chain(sample, records):
         path = _pad(printable(record["path"]), path_width)
@@ -55,12 +56,17 @@ def as_text(records: Iterable[Record]) -> Iterator[str]:
             continue
         best, *others = record["predictions"]
         bar = _bar(best["probability"])
-        line = f"{path}  {_pad(printable(best['label']), label_width)}  {_percent(best['probability']):>8}  {bar}"
-        rest = [f"{printable(o['label'])} {_percent(o['probability'])}" for o in others if o["probability"] >= 5e-5]
+        line = f"{path}  {_pad(_words(best), label_width)}  {_percent(best['probability']):>8}  {bar}"
+        rest = [f"{_words(o)} {_percent(o['probability'])}" for o in others if o["probability"] >= 5e-5]
         yield f"{line}  {', '.join(rest)}".rstrip() + "\n"
 
 
 FORMATS: dict[str, Callable[[Iterable[Record]], Iterator[str]]] = {"text": as_text, "json": as_json, "csv": as_csv}
+
+
+def _words(prediction: dict[str, Any]) -> str:
+    """What a person calls the class: the first of its describing words if there are any, else its label."""
+    return printable(prediction.get("description", "").split(",")[0] or prediction["label"])
 
 
 def _csv_row(values: list[Any]) -> str:

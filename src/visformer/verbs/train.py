@@ -31,8 +31,9 @@ from visformer.data import (
 from visformer.distributed import autocast, describe, select_device, versions, world_size
 from visformer.errors import Interrupted, RunError, UsageError
 from visformer.metrics import Metrics
-from visformer.models import Visformer, create_model
+from visformer.models import Visformer, change, variant
 from visformer.options import to_yaml
+from visformer.pretrained import load_checkpoint, published_weights
 from visformer.run_folder import RunFolder
 from visformer.verbs.evaluation import evaluate
 from visformer.verbs.progress import Progress
@@ -89,10 +90,11 @@ class Fit:
         self.data = open_data(config, folder.recorded_split())
         self.class_names = _class_names(self.data, config, state)
         torch.manual_seed(config.seed)
-        self.model = _build_model(config, len(self.class_names))
+        checkpoint = self._first_checkpoint(state)
+        self.model = _build_model(config, len(self.class_names), checkpoint)
         self.preprocessing = Preprocessing.from_config(config)
-        if state is None:
-            self._load_pretrained()
+        if state is None and checkpoint is not None:
+            self._start_from(checkpoint)
         pinned = self.device.type == "cuda"
         self.loader = make_train_loader(self.data.train, config, pin_memory=pinned)
         self.trainer = Trainer(self.model, config, self.device, len(self.loader))
@@ -118,20 +120,26 @@ class Fit:
             state = load_state(source.state) | {"best_top1": None, "kept": []}  # those files stay where they are
         return state
 
-    def _load_pretrained(self) -> None:
+    def _first_checkpoint(self, state: dict[str, Any] | None) -> Checkpoint | None:
+        """What the model's architecture is taken from: the run that is resumed, or the weights to fine-tune."""
         config = self.config
-        path = config.ckpt_path or config.pretrained
-        if path is True:
-            raise UsageError("pretrained: True names no weights; give a checkpoint's path")
-        if not path:
-            return
-        checkpoint = read_checkpoint(str(path))
+        if state is not None:
+            last = Path(config.ckpt_path) if config.resume_opt and not self.folder.last.exists() else self.folder.last
+            return read_checkpoint(last) if last.exists() else None
+        source = config.ckpt_path or config.pretrained
+        if not source:
+            return None
+        return load_checkpoint(published_weights(config.model) if source is True else str(source))
+
+    def _start_from(self, checkpoint: Checkpoint) -> None:
+        source = self.config.ckpt_path or self.config.pretrained
+        source = published_weights(self.config.model) if source is True else source
         try:
             kept, new = match_head(self.model, checkpoint, self.class_names)
         except UsageError as error:
-            raise UsageError(f"{path}: {error}; name the model it holds with --model") from error
+            raise UsageError(f"{source}: {error}; name the model it holds with --model") from error
         console.note(
-            f"fine-tuning from {path} ({checkpoint.model_name}): "
+            f"fine-tuning from {source} ({checkpoint.model_name}): "
             f"head rows kept for {_names(kept)}, new for {_names(new)}"
         )
 
@@ -329,9 +337,12 @@ class Fit:
         )
 
 
-def _build_model(config: TrainConfig, num_classes: int) -> Visformer:
-    return create_model(
-        config.model,
+def _build_model(config: TrainConfig, num_classes: int, checkpoint: Checkpoint | None) -> Visformer:
+    """The model that the options name; one that begins with weights has their form of GELU and scale of q and k."""
+    same = checkpoint is not None and checkpoint.model_name == config.model
+    base = checkpoint.architecture if checkpoint is not None and same else variant(config.model).architecture
+    architecture = change(
+        base,
         num_classes=num_classes,
         image_size=config.image_size,
         in_channels=config.in_channels,
@@ -340,6 +351,7 @@ def _build_model(config: TrainConfig, num_classes: int) -> Visformer:
         attn_drop_rate=config.attn_drop_rate,
         gelu=config.gelu,
     )
+    return Visformer(architecture)
 
 
 def _class_names(data: Data, config: TrainConfig, state: dict[str, Any] | None) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from visformer import console
 from visformer.config import option
 from visformer.errors import RunError, UsageError
-from visformer.verbs.report import Report, print_report
+from visformer.verbs.validation_report import Report, print_report
 
 if TYPE_CHECKING:
     from visformer.data.sources import ImageSource
@@ -32,8 +32,15 @@ EVERY_IMAGE = "all"
 class ValidateOptions:
     """Options of `visformer validate`; see each field's help."""
 
-    ckpt_path: str = option("", "checkpoint to measure, a .safetensors file that training wrote", group="Model")
-    model: str = option("", "name that the checkpoint's model must have; empty: any")
+    ckpt_path: str = option(
+        "",
+        "checkpoint to measure: a file that training wrote, or any that `visformer convert` reads, a URL, "
+        "hf-hub:owner/name, or a published weight's name",
+        group="Model",
+    )
+    model: str = option(
+        "", "name that the checkpoint's model must have; empty: any. With .mindcv, .authors or .timm: whose conventions"
+    )
     dataset: str = option(
         "imagenet",
         "imagenet (class folders), cifar10, cifar100, mnist, fashion_mnist, digits, or a timm name such as torch/NAME, "
@@ -142,13 +149,11 @@ def validate(options: ValidateOptions) -> Report:
 
 def load_named(ckpt_path: str, name: str) -> Any:
     """Load the model of a checkpoint; with a `name`, raise `UsageError` if it is another model's."""
-    from visformer.checkpoint import load_model
+    from visformer.pretrained import load
 
     if not ckpt_path:
         raise UsageError("ckpt_path: no checkpoint given; name one with --ckpt_path RUN/best.safetensors")
-    model: Any = load_model(ckpt_path)
-    if name and model.model_name != name:
-        raise UsageError(f"model: {ckpt_path} holds {model.model_name}, not {name}; leave --model out or name that")
+    model: Any = load(ckpt_path, model=name or None)
     if not model.class_names:
         raise UsageError(f"{ckpt_path}: its model has no classes, so it gives features and not labels")
     return model
