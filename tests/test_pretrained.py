@@ -62,7 +62,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint):
 
 
 def test_a_missing_file_offers_its_neighbours(checkpoint):
-    with pytest.raises(UsageError, match=r"no such checkpoint.*model\.safetensors"):
+    with pytest.raises(UsageError, match=r"no such file.*model\.safetensors"):
         load(checkpoint.with_name("modle.safetensors"))
 
 

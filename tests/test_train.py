@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from visformer.checkpoint import load_model, load_state, read_checkpoint
+from visformer.checkpoint import load_state, read_checkpoint
 from visformer.cli import main
 from visformer.config import TrainConfig
 from visformer.errors import RunError, UsageError
 from visformer.options import to_yaml
+from visformer.pretrained import load
 from visformer.verbs.train import train
 from visformer.verbs.trainer import Trainer
 
@@ -90,7 +91,7 @@ def test_the_checkpoint_describes_itself(finished):
     assert checkpoint.class_names == [str(i) for i in range(10)]
     assert checkpoint.preprocessing.image_size == (32, 32) and checkpoint.preprocessing.in_channels == 1
     assert checkpoint.training["top1"] == finished.top1 and checkpoint.training["epoch"] == 3
-    model = load_model(finished.last)
+    model = load(finished.last)
     assert model.config == checkpoint.architecture and not model.training
     with torch.no_grad():
         assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
@@ -354,7 +355,7 @@ def test_every_way_of_training_gives_a_finite_loss(tmp_path, changes):
         (["--dataset", "digits", "--device_target", "xpu"], "no xpu here"),
         (["--dataset", "digits", "--batch_size", "-1"], "batch_size"),
         (["--dataset", "digits", "--num_classes", "3"], "num_classes: 3"),
-        (["--dataset", "digits", "--pretrained", "True"], "names no weights"),
+        (["--dataset", "digits", "--model", "net4", "--pretrained", "True"], "nobody has published weights of net4"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, words):
@@ -372,7 +373,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "text.safetensors").write_text("not a checkpoint at all")
     for name in ("other.safetensors", "text.safetensors"):
         with pytest.raises(UsageError, match=name):
-            load_model(tmp_path / name)
+            load(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

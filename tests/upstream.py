@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visformer.checkpoint import Checkpoint
-from visformer.convert import read_any
+from visformer.conversion import read_any
 from visformer.models import Architecture, Visformer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "upstream"

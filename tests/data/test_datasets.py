@@ -181,6 +181,13 @@ def test_class_mapping():
         class_mapping(["catz"], ["cats", "dogs"])
 
 
+def test_classes_without_names_go_by_their_order():
+    assert class_mapping(["ant", "bee", "cat"], ["0", "1", "2"]) == [0, 1, 2]
+    assert class_mapping(["2", "0"], ["0", "1", "2"]) == [2, 0]  # by name where the data has these names
+    with pytest.raises(UsageError, match="class 'ant'"):
+        class_mapping(["ant", "bee"], ["0", "1", "2"])
+
+
 def test_unknown_dataset():
     with pytest.raises(UsageError, match="unknown 'cifar11'; did you mean cifar10"):
         open_data(TrainConfig(dataset="cifar11"))

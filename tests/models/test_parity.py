@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import upstream
-from visformer.convert.layouts import TIMM
+from visformer.conversion.layouts import TIMM
 from visformer.models import Visformer, create_model, list_models
 
 COUNTS = {  # trainable parameters; with BatchNorm's running statistics, where upstream gives it; GMACs at 224x224

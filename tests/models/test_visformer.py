@@ -5,7 +5,6 @@ from shutil import which
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.upstream import mini_architecture, mini_model
 from visformer.errors import UsageError
-from visformer.models import Architecture, Visformer, create_model, list_models
+from visformer.models import Architecture, Visformer, create_model
 from visformer.models.layers import DropPath, resample
 
 V1, V2 = mini_architecture("orig_mini_v1"), mini_architecture("mindcv_mini_v2")
@@ -233,18 +232,6 @@ def test_resampled_state_dict_fits_another_size():
     large = build(image_size=(96, 80))
     large.load_state_dict(large.resample_state_dict(small.state_dict()))
     assert large.stages[0].pos_embed.weight.shape[-2:] == large.config.grids[0]
-
-
-def test_registers_with_timm_beside_timms_own():
-    model = timm.create_model("visformer_small_v2", num_classes=3, img_size=64)
-    assert isinstance(model, Visformer) and model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
-    with pytest.raises(UsageError, match="no option 'features_only'"):  # not a classifier in its place
-        timm.create_model("visformer_small_v2", features_only=True)
-    own = timm.create_model("visformer_tiny", num_classes=3)
-    assert type(own).__module__.startswith("timm.")
-    assert all(timm.is_model(name) for name in list_models())
-    config = timm.data.resolve_data_config({}, model=model)
-    assert config["crop_pct"] == 0.875 and config["interpolation"] == "bicubic"
 
 
 def test_timms_layer_decay_reads_the_layers():
