@@ -81,6 +81,7 @@ def test_what_is_not_known_is_left_out():
     data = read(text).data.to_dict()
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
     assert not re.search(r"(?<!\[)None|nan|unknown|More Information|TODO|\[\]|\{\}", text)
+    assert "custom" not in read(model_card(made(name="custom"))).data.tags
     for heading in ("Accuracy", "Training"):
         assert f"## {heading}" not in text
     assert 'visformer.load("model.safetensors")' in text

@@ -231,9 +231,19 @@ def test_size_is_bounded(cache, monkeypatch, length):
     monkeypatch.setattr(MODULE, "MAX_BYTES", 100_000)
     monkeypatch.setattr(MODULE, "CHUNK_BYTES", 10_000)
     with serving(CONTENT, length=length) as server, pytest.raises(RunError, match=r"more than 100,000"):
-        download(server.url, cache / "model.bin", sha256=None)
+        download(server.url, cache / "model.bin", sha256=server.sha256)
     part = cache / "model.bin.part"
     assert not part.exists() or part.stat().st_size <= 100_000
+
+
+def test_a_file_of_unknown_size_and_hash_is_refused(cache):
+    with serving(CONTENT, length=False) as server, pytest.raises(RunError, match="neither its size nor its SHA-256"):
+        download(server.url, cache / "model.bin", sha256=None)
+
+
+def test_an_empty_file_is_no_file(cache):
+    with serving(b"", length=False) as server, pytest.raises(RunError, match="ended after 0 bytes, 5 times in a row"):
+        download(server.url, cache / "model.bin", sha256=server.sha256)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(cache, monkeypatch):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from visformer.checkpoint import Checkpoint
+from visformer.conversion import CUSTOM
 from visformer.data import imagenet
 from visformer.hub.published import PUBLISHED, Weights
 from visformer.models import Visformer
@@ -78,7 +79,7 @@ def _head(checkpoint: Checkpoint, title: str, license: str | None, measured: lis
         metrics=["accuracy"] if measured else None,
         model_name=title if measured else None,
         pipeline_tag="image-classification" if checkpoint.class_names else "image-feature-extraction",
-        tags=["visformer", checkpoint.model_name, "pytorch", "safetensors"],
+        tags=["visformer", *({checkpoint.model_name} - {CUSTOM}), "pytorch", "safetensors"],
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -103,7 +104,10 @@ def _facts(checkpoint: Checkpoint) -> Iterator[Row]:
         yield "output", f"{architecture.num_features:,} features"
     stages = ", ".join(f"{stage.depth} of width {stage.width}" for stage in architecture.stages)
     yield "blocks of each stage", stages
-    yield "attention in stages", ", ".join(str(i) for i, s in enumerate(architecture.stages) if s.attention) or "none"
+    yield (
+        "attention in stages (the first is 0)",
+        ", ".join(str(i) for i, s in enumerate(architecture.stages) if s.attention) or "none",
+    )
     yield "GELU", f"{architecture.gelu} form"
     if source.get("project"):
         yield "converted from", f"{_plain(source['project'])}, {_code(str(source.get('file', '')))}"

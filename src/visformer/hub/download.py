@@ -145,6 +145,10 @@ class _Download:
             if response.start not in (0, start):
                 raise Refused("the server sent another part of the file than was asked for")
             start = response.start
+            if response.total is None and self.sha256 is None:
+                raise Refused(
+                    "neither its size nor its SHA-256 is known, so that nobody can tell when all of it is here"
+                )
             self._check_room(response.total, start)
             if start == 0:
                 self._forget()
@@ -163,8 +167,8 @@ class _Download:
             progress.advance(size)
         file.flush()
         os.fsync(file.fileno())
-        if total is not None and size < total:
-            raise Dropped(f"the connection ended after {size:,} of {total:,} bytes")
+        if size < (total or 1):
+            raise Dropped(f"the connection ended after {size:,}{f' of {total:,}' if total else ''} bytes")
 
     def _check_room(self, total: int | None, start: int) -> None:
         if total is None:
