@@ -57,7 +57,8 @@ def header(path: Path) -> str:
 
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_the_values_are_upstreams(name):
-    assert parse(TrainConfig, ["-c", name], prog="train") == TrainConfig(model=name, **COMMON, **UPSTREAM[name])
+    ours = {"recipe_batch_size": UPSTREAM[name]["batch_size"], "recipe_devices": 8}  # what upstream's lr is meant for
+    assert parse(TrainConfig, ["-c", name], prog="train") == TrainConfig(model=name, **COMMON, **UPSTREAM[name], **ours)
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
@@ -73,7 +74,7 @@ def test_the_header_says_hardware_accuracy_source_and_batch(name):
         f"8 devices x {batch} = {8 * batch}",
     ):
         assert words in text
-    assert "lr is for this global batch" in text
+    assert "lr and min_lr are for this" in text
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

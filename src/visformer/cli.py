@@ -99,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Interrupted as error:
-        return _end(str(error), error.exit_code)
+        return error.exit_code if error.told else _end(str(error), error.exit_code)
     except VisformerError as error:
-        return _end(f"error: {error}", error.exit_code)
+        return error.exit_code if error.told else _end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         return _end("interrupted", Interrupted.exit_code)
     except BrokenPipeError:

@@ -45,6 +45,10 @@ class TrainConfig:
 
     mode: int = option(0, "MindSpore's graph (0) or eager (1) mode", group="System")
     distribute: bool | None = option(None, "data parallel over the launched processes; None: on when there are several")
+    num_devices: int | None = option(
+        None, "processes that a plain start makes on this machine, one for each device; None: as many as accelerators"
+    )
+    sync_bn: bool = option(False, "batch norms take the statistics of all processes' batches together")
     device_target: Literal["auto", "CPU", "GPU", "Ascend", "cuda", "npu", "xpu", "mps", "cpu"] = option(
         "auto", "device to train on; auto: the accelerator that is there, else the CPU"
     )
@@ -76,6 +80,12 @@ class TrainConfig:
         False, "fetch the dataset if it is not there (cifar10, cifar100, mnist, fashion_mnist)"
     )
     num_parallel_workers: int = option(8, "processes that decode and augment; at most the cores there are; 0: none")
+    data_timeout_s: float = option(
+        120.0, "seconds that a worker may spend on one image before another worker takes its place; 0: no limit"
+    )
+    max_bad_images: int | None = option(
+        None, "training images that may be unreadable before the run stops; None: 1 % of them, but at least 10"
+    )
     shuffle: bool = option(True, "draw the training samples in a new order each epoch")
     num_samples: int | None = option(None, "train on this many samples, drawn with the seed; None: all")
     batch_size: int = option(128, "images per device and step")
@@ -140,6 +150,7 @@ class TrainConfig:
     keep_checkpoint_max: int = option(10, "checkpoints kept beside last and best")
     ckpt_save_dir: str = option("./ckpt", "run folder")
     ckpt_save_interval: int = option(1, "epochs between kept checkpoints; last is written every epoch")
+    ckpt_save_steps: int | None = option(None, "optimizer steps between saves of last within an epoch; None: none")
     ckpt_save_policy: Literal["latest_k", "top_k"] = option(
         "latest_k", "which are kept: the latest, or the best by top-1"
     )
@@ -152,6 +163,7 @@ class TrainConfig:
     layer_decay: float | None = option(
         None, "lr of each layer is multiplied by this to the power of its depth from the end"
     )
+    max_bad_steps: int = option(10, "steps in a row without a finite loss or gradient, all skipped, that end the run")
     gradient_accumulation_steps: int = option(1, "batches summed up for one optimizer step")
 
     opt: Literal["sgd", "momentum", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "nadam"] = option(
@@ -169,6 +181,11 @@ class TrainConfig:
         "constant", "cosine_decay", "exponential_decay", "step_decay", "multi_step_decay", "one_cycle", "cyclic"
     ] = option("cosine_decay", "learning-rate schedule", group="Learning rate")
     lr: float = option(1e-3, "peak learning rate, for the recipe's global batch")
+    recipe_batch_size: int | None = option(
+        None, "batch_size that lr and min_lr are meant for, on recipe_devices; None: they are taken as they are"
+    )
+    recipe_devices: int = option(1, "devices that lr and min_lr are meant for")
+    scale_lr: bool = option(True, "scale lr and min_lr with the global batch, if it is not the recipe's")
     min_lr: float = option(1e-6, "lowest learning rate of cosine, one_cycle and cyclic")
     warmup_epochs: int = option(3, "epochs of linear warm-up; not with one_cycle and cyclic")
     warmup_factor: float = option(0.0, "warm-up starts from lr times this")
@@ -239,12 +256,15 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
         (1, None),
     ),
     **dict.fromkeys(("keep_checkpoint_max", "ckpt_save_interval", "re_max_attempts", "num_classes"), (1, None)),
+    **dict.fromkeys(("num_devices", "recipe_batch_size", "recipe_devices", "max_bad_steps"), (1, None)),
+    "ckpt_save_steps": (1, None),
     **dict.fromkeys(
         ("num_parallel_workers", "warmup_epochs", "decay_epochs", "weight_decay", "lr", "min_lr", "mixup", "cutmix"),
         (0, None),
     ),
     **dict.fromkeys(("eps", "momentum", "aug_repeats", "warmup_factor", "color_jitter", "seed"), (0, None)),
     **dict.fromkeys(("clip_value", "layer_decay", "loss_scale"), (1e-12, None)),
+    **dict.fromkeys(("data_timeout_s", "max_bad_images"), (0, None)),
     "num_samples": (1, None),
     "crop_pct": (0.01, 1),
     "val_fraction": (0.01, 0.9),

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 _warned: set[str] = set()
+_quiet = False
 
 
 def _console():
@@ -21,12 +22,19 @@ def _console():
 
 def is_terminal() -> bool:
     """True when a person watches stderr."""
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and not _quiet
+
+
+def set_quiet(quiet: bool) -> None:
+    """Say nothing from now on, as all but the first of several processes do; errors still come out."""
+    global _quiet
+    _quiet = quiet
 
 
 def note(message: str) -> None:
     """Print one line for the person who watches."""
-    _console().print(message, markup=False)
+    if not _quiet:
+        _console().print(message, markup=False)
 
 
 def warn(message: str, *, once: bool = False) -> None:
@@ -35,7 +43,8 @@ def warn(message: str, *, once: bool = False) -> None:
         if message in _warned:
             return
         _warned.add(message)
-    _console().print(f"warning: {message}", style="yellow", markup=False)
+    if not _quiet:
+        _console().print(f"warning: {message}", style="yellow", markup=False)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, numeric_from: int = 1) -> None:

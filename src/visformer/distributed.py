@@ -1,11 +1,10 @@
-"""The device, its precision, and the processes beside this one.
+"""The device and its precision.
 
 Everything goes through `torch.accelerator`, so that CUDA, NPU, XPU and MPS are one case and the CPU the other.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,6 +12,7 @@ import torch
 
 from visformer.console import warn
 from visformer.errors import UsageError
+from visformer.processes import place
 
 _DEVICE_TYPES = {"gpu": "cuda", "ascend": "npu"}  # MindCV's names
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,9 +25,14 @@ def select_device(name: str) -> torch.device:
     falls back to what is, with a warning. Torch's own names are demands, and a missing one is a `UsageError`.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
-    default = torch.device(found.type, local_rank()) if found is not None else torch.device("cpu")
+    default = torch.device(found.type, place().local_rank) if found is not None else torch.device("cpu")
     if name == "auto":
         return default
+    if found is not None and place().local_rank >= torch.accelerator.device_count():
+        raise UsageError(
+            f"process {place().local_rank + 1} of this machine has no device of its own: there are "
+            f"{torch.accelerator.device_count()}; start as many processes, or use --device_target CPU"
+        )
     wanted = _DEVICE_TYPES.get(name.lower(), name.lower())
     if wanted == "cpu":
         return torch.device("cpu")
@@ -66,14 +71,3 @@ def autocast(device: torch.device, amp_level: str, amp_dtype: str) -> AbstractCo
     if amp_level == "O0":
         return nullcontext()
     return torch.autocast(device.type, dtype=HALF[amp_dtype])
-
-
-def local_rank() -> int:
-    """This process's number among those on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes were launched together, by torchrun, OpenMPI or MPICH."""
-    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), 1))

@@ -15,6 +15,7 @@ class VisformerError(Exception):
     """Base of the errors that end a command with one clear line."""
 
     exit_code = 1
+    told = False  # another process of the same run says it
 
 
 class UsageError(VisformerError, ValueError):

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from visformer.config import TrainConfig
 from visformer.models import Visformer
+from visformer.models.layers import ChannelNorm
 
 
 def build_optimizer(model: Visformer, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -74,7 +75,7 @@ def _spared(model: nn.Module, weight_decay_filter: str) -> set[str]:
     norms = {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, (_BatchNorm, ChannelNorm))
         for name, _ in module.named_parameters()
     }
     if weight_decay_filter == "auto":

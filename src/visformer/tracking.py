@@ -118,7 +118,7 @@ class Trackio:
     """A run of a trackio project. What trackio prints is held back: stdout is for results."""
 
     def __init__(self, project: str, name: str, options: dict[str, Any], *, resumed: bool):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         with contextlib.redirect_stdout(io.StringIO()):
             # "allow" goes on with the latest run of this name, and begins one where there is none.
@@ -132,8 +132,10 @@ class Trackio:
             self.run.log(figures, step=step)
 
     def close(self) -> None:
+        import trackio  # pyright: ignore[reportMissingImports]
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
+            trackio.finish()  # and not the run's own, which the package would call once more at exit
 
 
 def _first_line(error: Exception) -> str:

@@ -164,7 +164,7 @@ def test_where_training_began_without_the_folders_names(begun, said, base):
     assert read(text).data.base_model == base
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(names=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=30, unique=True), device=st.text())
 def test_no_name_breaks_the_page(names, device):
     text = model_card(made(names=names, training=SUMMARY | {"device": device, "dataset": "torch/" + device}))

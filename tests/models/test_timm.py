@@ -46,7 +46,7 @@ def test_features_are_those_of_the_model(name):
     assert all(torch.equal(ours, wanted) for ours, wanted in zip(maps, expected, strict=True))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     indices=st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True).map(sorted).map(tuple) | st.integers(1, 4),
     kind=st.sampled_from(["getter", "list", "dict", "hook"]),

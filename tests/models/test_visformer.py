@@ -46,6 +46,15 @@ def test_resampling_at_call_equals_setting_the_size(height, width):
         torch.testing.assert_close(at_call(images), once(images), atol=1e-5, rtol=1e-5)
 
 
+def test_stage_numbers_that_are_not_there():
+    model, images = build(V1).eval(), torch.randn(1, 3, 64, 64)
+    for indices in ([3], [-4], [0, 7], 4, []):
+        with pytest.raises(ValueError, match="does not fit a model of 3 stages"):
+            model.forward_intermediates(images, indices=indices)
+    last = model.forward_intermediates(images, indices=[-1], intermediates_only=True)
+    assert len(last) == 1 and last[0].shape[1] == 128
+
+
 def test_no_pixel_is_lost_at_odd_sizes():
     images = torch.randn(1, 3, 63, 61, requires_grad=True)
     build(image_size=(63, 61)).eval()(images).sum().backward()

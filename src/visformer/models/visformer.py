@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.init import zeros_
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from visformer.models.architecture import STEM_STRIDE, Architecture, StageConfig
@@ -120,10 +121,10 @@ class Visformer(nn.Module):
         count = len(self.stages)
         if indices is None:
             return set(range(count))
-        numbers = list(range(count - indices, count)) if isinstance(indices, int) else [i % count for i in indices]
-        if not numbers or min(numbers) < 0:
+        numbers = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+        if not numbers or not all(-count <= i < count for i in numbers):
             raise ValueError(f"indices: {indices} does not fit a model of {count} stages")
-        return set(numbers)
+        return {i % count for i in numbers}
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
         """Resample the position embeddings, once and for good, to an input of `image_size` pixels, (height, width)."""
@@ -273,7 +274,7 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     """While a block is recomputed, its norms do not count the same batch into their running statistics again."""
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -13,6 +13,7 @@ import torch
 
 from visformer import console
 from visformer.metrics import Evaluation, Metrics
+from visformer.processes import add_up, gather_objects
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def evaluate(
 
     `mapping` gives for each class of the data its index among the model's `num_classes` (`class_mapping`).
     `normalize` turns uint8 (B, C, H, W) on the device into the model's input (`Preprocessing.normalize`), `precision`
-    opens the autocast for a forward pass. With a `title`, a terminal shows progress under it. Nothing waits for the
+    opens the autocast for a forward pass. Where several processes each have a share of the set, all get the figures of
+    the whole. With a `title`, a terminal shows progress under it. Nothing waits for the
     device before the end. Raises `RunError` when no image could be read.
     """
     assert not getattr(model, "training", False), "evaluate needs the model in eval mode"
@@ -62,6 +64,8 @@ def evaluate(
         with precision():
             logits = model(inputs)
         evaluation.update(logits, class_index[targets])
+    add_up(*evaluation.state())
+    skipped = [failure for failures in gather_objects(skipped) for failure in failures]
     metrics = evaluation.compute()
     return Measured(metrics, skipped, time.perf_counter() - started)
 

@@ -33,6 +33,9 @@ _FREE = {
     "pretrained",
     "num_parallel_workers",
     "log_interval",
+    "num_devices",
+    "ckpt_save_steps",
+    "max_bad_steps",
     "tensorboard",
 }
 

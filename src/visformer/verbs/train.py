@@ -9,7 +9,7 @@ SIGTERM or a kill, goes on with `--resume auto` and gives the weights it would h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,28 @@ from visformer.atomic import atomic_text
 from visformer.checkpoint import Checkpoint, load_state, match_head, read_checkpoint
 from visformer.config import TrainConfig
 from visformer.data import (
-    Data,
     Preprocessing,
     class_mapping,
     make_eval_loader,
     make_train_loader,
     open_data,
 )
-from visformer.distributed import autocast, describe, select_device, versions, world_size
+from visformer.distributed import autocast, describe, select_device, versions
 from visformer.errors import Interrupted, RunError, UsageError
 from visformer.metrics import Metrics
-from visformer.models import Visformer, change, variant
 from visformer.options import to_yaml
 from visformer.pretrained import load_checkpoint, published_weights
+from visformer.processes import Place, add_up, anywhere, joined, on_first, share_buffers, wait_for_all
 from visformer.run_folder import RunFolder
+from visformer.verbs.beginning import build_model, count, name_classes
 from visformer.verbs.evaluation import evaluate
+from visformer.verbs.launch import devices_to_start, hand_back, is_helper, restarted, scaled, start_processes
 from visformer.verbs.progress import Progress
 from visformer.verbs.resuming import compare_options
 from visformer.verbs.signals import StopRequest
 from visformer.verbs.trainer import Trainer
+
+ASK_STEPS = 10  # optimizer steps after which several processes ask one another whether to stop
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class TrainResult:
 def run(config: TrainConfig) -> int:
     """Train and say where the result is."""
     result = train(config)
+    if is_helper():
+        return 0
     console.note(f"done: {result.last}" + (f", best {result.best}" if result.best else ""))
     if result.best_top1 is not None:
         console.note(f"best top-1 {result.best_top1:.2f} %; next: visformer predict IMAGE --ckpt_path {result.best}")
@@ -71,45 +76,55 @@ def train(config: TrainConfig) -> TrainResult:
     Raises `UsageError` for data, checkpoints or options that do not fit, `RunError` when the loss diverges or the disk
     refuses, `Interrupted` after saving when a signal asks to stop.
     """
-    if world_size() > 1:
-        raise UsageError(f"started as one of {world_size()} processes: training runs on one device; start it once")
-    for name, why in config.without_effect().items():
-        console.warn(f"{name} has no effect: {why}", once=True)
-    folder = RunFolder(config.ckpt_save_dir, keep_max=config.keep_checkpoint_max, policy=config.ckpt_save_policy)
-    return Fit(config, folder).run()
+    if (count := devices_to_start(config)) > 1:
+        return TrainResult(**start_processes(config, count))
+    device = select_device(config.device_target)
+    with joined(device, config.distribute) as here:
+        for name, why in config.without_effect().items():
+            console.warn(f"{name} has no effect: {why}", once=True)
+        folder = RunFolder(config.ckpt_save_dir, keep_max=config.keep_checkpoint_max, policy=config.ckpt_save_policy)
+        result = Fit(config, folder, device, here).run()
+        if here.is_first:
+            hand_back(asdict(result))
+        return result
 
 
 class Fit:
     """One run from its set-up to its end."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder):
+    def __init__(self, config: TrainConfig, folder: RunFolder, device: torch.device, here: Place):
         self.config = config
         self.folder = folder
-        self.device = select_device(config.device_target)
-        state = self._resumed_state()
-        self.data = open_data(config, folder.recorded_split())
-        self.class_names = _class_names(self.data, config, state)
+        self.device = device
+        self.here = here
+        state = on_first(self._resumed_state)
+        self.data = open_data(config, on_first(folder.recorded_split))
+        self.class_names = name_classes(self.data, config, state)
         torch.manual_seed(config.seed)
-        checkpoint = self._first_checkpoint(state)
-        self.model = _build_model(config, len(self.class_names), checkpoint)
+        checkpoint = on_first(partial(self._first_checkpoint, state))
+        self.model = build_model(config, len(self.class_names), checkpoint)
         self.preprocessing = Preprocessing.from_config(config)
         if state is None and checkpoint is not None:
             self._start_from(checkpoint)
         pinned = self.device.type == "cuda"
-        self.loader = make_train_loader(self.data.train, config, pin_memory=pinned)
-        self.trainer = Trainer(self.model, config, self.device, len(self.loader))
+        self.loader = make_train_loader(
+            self.data.train, config, rank=here.rank, world_size=here.size, pin_memory=pinned
+        )
+        self.trainer = Trainer(self.model, scaled(config, here.size), self.device, len(self.loader), here)
         self.epoch, self.batch, self.best_top1, self.skipped = 0, 0, None, {}
+        self.bad_steps = 0
         if state is not None:
             self._restore(state)
         self._open_validation()
-        self.progress = Progress(config, folder, self.trainer)
+        self.progress = Progress(config, folder, self.trainer, processes=here.size, quiet=not here.is_first)
 
     def _resumed_state(self) -> dict[str, Any] | None:
         """The state to go on from: the run folder's own, else that beside `ckpt_path`; None begins anew."""
         config, folder = self.config, self.folder
         source = RunFolder(Path(config.ckpt_path).parent) if config.resume_opt else folder
         here = source.path.resolve() == folder.path.resolve()
-        state = folder.open(resume=config.resume == "auto" or (config.resume_opt and here))
+        again = config.resume == "auto" or restarted()
+        state = folder.open(resume=again or (config.resume_opt and here))
         if state is None and config.resume == "auto":
             console.note(f"{folder.path}: no run to resume; beginning anew")
         if state is None and config.resume_opt:
@@ -140,7 +155,7 @@ class Fit:
             raise UsageError(f"{source}: {error}; name the model it holds with --model") from error
         console.note(
             f"fine-tuning from {source} ({checkpoint.model_name}): "
-            f"head rows kept for {_names(kept)}, new for {_names(new)}"
+            f"head rows kept for {count(kept)}, new for {count(new)}"
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -165,14 +180,20 @@ class Fit:
         if val is not None and config.val_while_train is not False:
             self.mapping = class_mapping(val.class_names, self.class_names)
             self.val_loader = make_eval_loader(
-                val, self.preprocessing, batch_size=config.batch_size, num_workers=min(config.num_parallel_workers, 4)
+                val,
+                self.preprocessing,
+                batch_size=config.batch_size,
+                num_workers=min(config.num_parallel_workers, 4),
+                rank=self.here.rank,
+                world_size=self.here.size,
             )
 
     def run(self) -> TrainResult:
         """Train from where the state says to the last epoch."""
         config, trainer = self.config, self.trainer
-        atomic_text(self.folder.path / "config.yaml", to_yaml(config))
-        self.folder.write_split(self.data.split)
+        if self.here.is_first:
+            atomic_text(self.folder.path / "config.yaml", to_yaml(config))
+            self.folder.write_split(self.data.split)
         self._announce()
         metrics = None
         try:
@@ -180,14 +201,15 @@ class Fit:
                 for epoch in range(self.epoch, config.epoch_size):
                     self._train_epoch(epoch, stop)
                     metrics = self._end_epoch(epoch)
-                    if stop.requested and epoch + 1 < config.epoch_size:
+                    if anywhere(stop.requested) and epoch + 1 < config.epoch_size:
                         self._interrupted(stop)
         finally:
             self.progress.close()
             self.loader.close()
             if self.val_loader is not None:
                 self.val_loader.close()
-            self.folder.draw_curves(config.model)
+            if self.here.is_first:
+                self.folder.draw_curves(config.model)
         best = self.folder.best if self.folder.best.exists() else None
         top1, top5 = (metrics.top1, metrics.top5) if metrics else (None, None)
         rate = self.progress.images_per_s
@@ -208,38 +230,63 @@ class Fit:
         self.model.train()
         self.loader.set_epoch(epoch, self.batch)
         self.progress.begin_epoch(epoch, self.batch)
-        for batch in self.loader:
+        for batch in self.progress.batches(self.loader):
             self._count_skipped(batch.failures)
             self.trainer.train_batch(batch, self.batch)
             self.batch += 1
             if self.progress.advance(epoch, self.batch, len(batch)):
                 self._check_finite()
             # Gradients of a half-full accumulation are not saved, so a stop waits for the optimizer's step.
-            if stop.requested and self.batch % self.trainer.accumulation == 0 and self.batch < len(self.loader):
-                self._interrupted(stop)
+            if self.batch % self.trainer.accumulation == 0 and self.batch < len(self.loader):
+                self._between_steps(stop)
         self._check_finite()
+
+    def _between_steps(self, stop: StopRequest) -> None:
+        """Save if it is due, and stop if that is asked of any process; several ask one another every few steps."""
+        step = self.trainer.step
+        if (self.here.size == 1 or step % ASK_STEPS == 0) and anywhere(stop.requested):
+            self._interrupted(stop)
+        if self.config.ckpt_save_steps and step % self.config.ckpt_save_steps == 0:
+            self._check_finite()
+            self._save_last(self._mean_loss(self.batch), None)
+
+    def _mean_loss(self, batches: int) -> float:
+        """The epoch's loss so far, over all processes, which are told the same."""
+        mean = self.trainer.loss_sum / self.here.size
+        add_up(mean)
+        self.trainer.loss_sum.copy_(mean)
+        return mean.item() / batches
+
+    def _save_last(self, train_loss: float, metrics: Metrics | None) -> None:
+        if self.here.is_first:
+            self.folder.save_last(self._checkpoint(train_loss, metrics), self._state())
 
     def _end_epoch(self, epoch: int) -> Metrics | None:
         """Validate if it is due, record, save."""
         config, trainer = self.config, self.trainer
-        train_loss = trainer.loss_sum.item() / len(self.loader)
+        train_loss = self._mean_loss(len(self.loader))
         due = (epoch + 1) % config.val_interval == 0 or epoch + 1 == config.epoch_size
         metrics = self._validate() if self.val_loader is not None and due else None
         self.progress.end_epoch(epoch, train_loss, metrics)
         trainer.loss_sum.zero_()
         self.epoch, self.batch = epoch + 1, 0
-        checkpoint = self._checkpoint(train_loss, metrics)
-        if metrics is not None and (self.best_top1 is None or metrics.top1 > self.best_top1):
+        best = metrics is not None and (self.best_top1 is None or metrics.top1 > self.best_top1)
+        if best and metrics is not None:
             self.best_top1 = metrics.top1
-            self.folder.save_best(checkpoint)
-        if (epoch + 1) % config.ckpt_save_interval == 0:
-            self.folder.keep(checkpoint, epoch + 1, metrics.top1 if metrics else -math.inf)
-        self.folder.save_last(checkpoint, self._state())
+        if self.here.is_first:
+            checkpoint = self._checkpoint(train_loss, metrics)
+            if best:
+                self.folder.save_best(checkpoint)
+            if (epoch + 1) % config.ckpt_save_interval == 0:
+                self.folder.keep(checkpoint, epoch + 1, metrics.top1 if metrics else -math.inf)
+            self.folder.save_last(checkpoint, self._state())
+        wait_for_all()  # so that no process ends, or is killed, before what it took part in is saved
         return metrics
 
     def _validate(self) -> Metrics:
         config, model = self.config, self.trainer.evaluated
         model.eval()
+        share_buffers(model)
         measured = evaluate(
             model,
             self.val_loader,  # type: ignore[arg-type]
@@ -266,6 +313,8 @@ class Fit:
             "train_images": len(self.data.train),
             "val_images": len(self.data.val) if self.data.val else 0,
             "skipped_images": len(self.skipped),
+            "skipped_steps": self.bad_steps,
+            "processes": self.here.size,
             "seed": config.seed,
             "ema": config.ema,
             "device": describe(self.device),
@@ -297,24 +346,31 @@ class Fit:
     def _interrupted(self, stop: StopRequest) -> None:
         self._check_finite()
         if self.batch:  # at the end of an epoch everything is saved already
-            self.folder.save_last(self._checkpoint(self.trainer.loss_sum.item() / self.batch, None), self._state())
-        raise Interrupted(
-            f"stopped by {stop.name} and saved at epoch {self.epoch + 1}, batch {self.batch}; continue with "
-            f"visformer train -c {self.folder.path / 'config.yaml'} --resume auto"
+            self._save_last(self._mean_loss(self.batch), None)
+        wait_for_all()
+        stopped = Interrupted(
+            f"stopped by {stop.name or 'another process'} and saved at epoch {self.epoch + 1}, batch {self.batch}; "
+            f"continue with visformer train -c {self.folder.path / 'config.yaml'} --resume auto"
         )
+        stopped.told = not self.here.is_first
+        raise stopped
 
     def _check_finite(self) -> None:
-        step = int(self.trainer.bad_step.item())
-        if step >= 0:
+        try:
+            bad = self.trainer.check()
+        except RunError as error:
             saved = (
                 f"the last good checkpoint is {self.folder.last}"
                 if self.folder.last.exists()
                 else "nothing was saved yet"
             )
             raise RunError(
-                f"the loss is not finite since step {step + 1} (epoch {step // self.trainer.steps_per_epoch + 1}); "
-                f"{saved}. Try a lower lr, more warmup_epochs, clip_grad, or amp_dtype bf16 instead of fp16"
-            )
+                f"{error} (epoch {self.epoch + 1}); {saved}. Try a lower lr, more warmup_epochs, clip_grad, or "
+                "amp_dtype bf16 instead of fp16"
+            ) from None
+        if bad > self.bad_steps:
+            console.warn(f"{bad - self.bad_steps} steps skipped without a finite gradient, {bad} in all")
+            self.bad_steps = bad
 
     def _count_skipped(self, failures: list[tuple[str, str]]) -> None:
         for name, reason in failures:
@@ -335,35 +391,3 @@ class Fit:
             f"{len(data.train):,} images to train on{held_out}; {config.epoch_size} epochs of "
             f"{len(self.loader):,} batches of {config.batch_size}; writing to {self.folder.path}"
         )
-
-
-def _build_model(config: TrainConfig, num_classes: int, checkpoint: Checkpoint | None) -> Visformer:
-    """The model that the options name; one that begins with weights has their form of GELU and scale of q and k."""
-    same = checkpoint is not None and checkpoint.model_name == config.model
-    base = checkpoint.architecture if checkpoint is not None and same else variant(config.model).architecture
-    architecture = change(
-        base,
-        num_classes=num_classes,
-        image_size=config.image_size,
-        in_channels=config.in_channels,
-        drop_rate=config.drop_rate,
-        drop_path_rate=config.drop_path_rate,
-        attn_drop_rate=config.attn_drop_rate,
-        gelu=config.gelu,
-    )
-    return Visformer(architecture)
-
-
-def _class_names(data: Data, config: TrainConfig, state: dict[str, Any] | None) -> list[str]:
-    names, wanted = list(data.class_names), config.num_classes
-    if state is not None and state["class_names"][: len(names)] != names:
-        raise UsageError("the classes of the data are not those of the run to resume; use the same data_dir")
-    if wanted is not None and wanted < len(names):
-        raise UsageError(f"num_classes: {wanted} is too few; the data has {len(names)} classes")
-    return names + [f"unused_{i}" for i in range(len(names), wanted or 0)]
-
-
-def _names(names: list[str]) -> str:
-    if not names:
-        return "no class"
-    return f"{len(names)} classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

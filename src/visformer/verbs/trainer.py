@@ -7,39 +7,52 @@ number, so the state that a resume needs is the weights, the optimizer's moments
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from visformer.config import TrainConfig
 from visformer.data import Batch, DeviceTransform, mix_seed
 from visformer.distributed import autocast
+from visformer.errors import RunError
 from visformer.losses import build_loss
 from visformer.models import Visformer
 from visformer.optim import build_optimizer, set_learning_rate
+from visformer.processes import Place, several
 from visformer.schedule import learning_rates
+from visformer.sync_norm import synchronize
 
+ALONE = Place()
 _MODEL_STREAM, _MIX_STREAM = 1, 2  # keep the random numbers of the model and of mixing apart
 
 
 class Trainer:
-    """A model in training on `device`.
+    """A model in training on `device`, in this process and those that train with it.
 
-    `batch` counts batches since the run began, `step` optimizer steps; `steps_per_epoch` counts the latter.
+    `step` counts optimizer steps since the run began; `steps_per_epoch` is how many an epoch has.
     """
 
-    def __init__(self, model: Visformer, config: TrainConfig, device: torch.device, batches_per_epoch: int):
+    def __init__(
+        self, model: Visformer, config: TrainConfig, device: torch.device, batches_per_epoch: int, here: Place = ALONE
+    ):
         self.config = config
+        self.here = here
         self.device = device
         self.accumulation = config.gradient_accumulation_steps
         self.batches_per_epoch = batches_per_epoch
         self.steps_per_epoch = -(-batches_per_epoch // self.accumulation)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.set_grad_checkpointing(config.grad_checkpointing)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        if config.sync_bn and several():
+            synchronize(self.model, device)
+        self.parallel = self._parallel() if several() else None
+        forward: nn.Module = self.parallel or self.model
+        self.forward = torch.compile(forward) if config.compile else forward
         self.optimizer = build_optimizer(self.model, config, device)
         self.learning_rate = learning_rates(config, self.steps_per_epoch)
         self.loss = build_loss(config)
@@ -50,40 +63,94 @@ class Trainer:
         self.max_norm = config.clip_value if config.clip_grad else float("inf")
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
-        self.bad_step = torch.full((), -1, device=device)  # the first step whose loss was not finite
+        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=device)  # in a row now, at most, in all
+        self._norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = self._copy_statistics()
 
     def train_batch(self, batch: Batch, index: int) -> None:
         """Learn from one batch, number `index` of its epoch; the optimizer steps when the accumulation is full."""
         config, last = self.config, min((index // self.accumulation + 1) * self.accumulation, self.batches_per_epoch)
         group = last - index // self.accumulation * self.accumulation  # batches in this accumulation
-        torch.manual_seed(mix_seed(config.seed, _MODEL_STREAM, self.step, index))
+        number = index * self.here.size + self.here.rank  # of this batch among all processes' in the epoch
+        torch.manual_seed(mix_seed(config.seed, _MODEL_STREAM, self.step, number))
         images = batch.images.to(self.device, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
-        images, targets = self.prepare(images, targets, seed=mix_seed(config.seed, _MIX_STREAM, self.step, index))
-        with self.precision():
-            loss = self.loss(self.forward(images), targets)
-        self.scaler.scale(loss / group).backward()
-        self._watch(loss.detach())
+        images, targets = self.prepare(images, targets, seed=mix_seed(config.seed, _MIX_STREAM, self.step, number))
+        with self._exchange(index + 1 == last):
+            with self.precision():
+                loss = self.loss(self.forward(images), targets)
+            self.scaler.scale(loss / group).backward()
+        self.loss_sum += torch.nan_to_num(loss.detach(), posinf=0.0, neginf=0.0)
         if index + 1 == last:
-            self._optimizer_step()
+            self._optimizer_step(loss.detach())
 
-    def _optimizer_step(self) -> None:
+    def _parallel(self) -> DistributedDataParallel:
+        """The model with its gradients averaged over the processes while they are computed."""
+        for parameter in self.model.parameters():
+            if parameter.dim() == 4 and parameter.shape[2:] == (1, 1):
+                # channels_last and contiguous are one for a 1x1 kernel, and its gradient has the strides of the latter
+                parameter.data = parameter.data.flatten().view(parameter.shape)
+        return DistributedDataParallel(
+            self.model,
+            device_ids=None if self.device.type == "cpu" else [self.device],
+            gradient_as_bucket_view=True,
+            static_graph=self.accumulation == 1,  # which goes on the first backward pass, and no_sync has none there
+        )
+
+    def _exchange(self, last: bool) -> AbstractContextManager:
+        """The processes exchange gradients in the backward pass of an accumulation's last batch alone."""
+        return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
+
+    def _optimizer_step(self, loss: Tensor) -> None:
+        """Move the weights, unless the gradient is not finite: then they stay, and the step is counted as bad."""
         set_learning_rate(self.optimizer, self.learning_rate(self.step))
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if self.max_norm != float("inf"):
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_norm, norm)
+        # With fp16 an overflow of the gradient is the scaler's business, and no fault.
+        bad = ~torch.isfinite(loss if self.scaler.is_enabled() else norm)
+        self._move(bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._count(bad)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
 
-    def _watch(self, loss: Tensor) -> None:
-        """Sum the loss and remember the first step where it was not finite, without waiting for the device."""
-        self.loss_sum += loss
-        first = (self.bad_step < 0) & ~torch.isfinite(loss)
-        self.bad_step = torch.where(first, self.step, self.bad_step)
+    def _move(self, bad: Tensor) -> None:
+        """The optimizer's step, left out where `bad`; fused optimizers look at it without waiting for the device."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+
+    def _count(self, bad: Tensor) -> None:
+        row = torch.where(bad, self.bad_steps[0] + 1, 0)
+        self.bad_steps = torch.stack([row, torch.maximum(row, self.bad_steps[1]), self.bad_steps[2] + bad])
+
+    def check(self) -> int:
+        """How many steps were skipped so far; waits for the device. Statistics that such a step spoilt are put back.
+
+        Raises `RunError` when `max_bad_steps` came in a row.
+        """
+        _, row, total = self.bad_steps.tolist()
+        if total:
+            for norm, kept in zip(self._norms, self._statistics, strict=True):
+                for buffer, value in zip((norm.running_mean, norm.running_var), kept, strict=True):
+                    buffer.copy_(torch.where(buffer.isfinite().all(), buffer, value))  # type: ignore[union-attr]
+        self._statistics = self._copy_statistics()
+        if row >= self.config.max_bad_steps:
+            raise RunError(f"{row} steps in a row had no finite loss or gradient, up to step {self.step}")
+        return total
+
+    def _copy_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self._norms]  # type: ignore[union-attr]
 
     @property
     def evaluated(self) -> Visformer:
@@ -99,6 +166,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "loss_sum": self.loss_sum,
+            "bad_steps": self.bad_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,6 +179,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.loss_sum = state["loss_sum"].to(self.device)
+        self.bad_steps = state.get("bad_steps", self.bad_steps).to(self.device)
+        self._statistics = self._copy_statistics()
 
 
 def _grad_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
