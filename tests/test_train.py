@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from visformer.config import TrainConfig
 from visformer.errors import RunError, UsageError
 from visformer.options import to_yaml
 from visformer.pretrained import load
+from visformer.run_folder import RunFolder
 from visformer.verbs.train import train
 from visformer.verbs.trainer import Trainer
 
@@ -304,7 +304,8 @@ def test_a_start_killed_before_its_first_save_begins_anew(tmp_path):
 
 def test_a_model_without_its_state_is_not_overwritten(tmp_path):
     result = train(config(tmp_path / "run"))
-    (result.run_folder / "last.state.pt").unlink()
+    for name in ("last.state.pt", "last.state.before.pt"):
+        (result.run_folder / name).unlink()
     with pytest.raises(UsageError, match=r"no last\.state\.pt to continue from"):
         train(config(tmp_path / "run", resume="auto"))
     assert result.last.exists()
@@ -398,3 +399,54 @@ def test_a_disk_that_refuses_ends_in_one_line_and_loses_nothing(tmp_path, limit_
     assert read_checkpoint(folder / "last.safetensors").training["epoch"] in (1, 2)
     assert not list(folder.glob(".writing-*"))
     assert train(config(folder, epoch_size=2, resume="auto")).epochs == 2
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, capsys):
+    whole = train(config(tmp_path / "whole", epoch_size=3))
+    folder = train(config(tmp_path / "run", epoch_size=2)).run_folder
+    state = bytearray((folder / "last.state.pt").read_bytes())
+    state[len(state) // 2] ^= 0x10  # one bit, in the middle of a tensor
+    (folder / "last.state.pt").write_bytes(state)
+    capsys.readouterr()
+    result = train(config(folder, epoch_size=3, resume="auto"))
+    err = capsys.readouterr().err
+    assert "the checksum of" in err and "going on from the save before" in err and "at epoch 2" in err
+    assert_same_weights(whole.last, result.last)
+    for name in ("last.state.pt", "last.state.before.pt"):
+        (folder / name).write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(RunError, match=r"last\.state\.before\.pt: the training state cannot be read"):
+        train(config(folder, epoch_size=4, resume="auto"))
+
+
+def test_a_disk_that_is_full_for_a_while_is_outlived(tmp_path, monkeypatch, capsys):
+    """Saves fail in the first epoch and succeed in the second: a warning, and a whole run."""
+    real, failures = RunFolder.save_last, [1]
+
+    def refusing(self, checkpoint, state):
+        if failures:
+            failures.pop()
+            raise RunError("cannot write last.safetensors: No space left on device")
+        real(self, checkpoint, state)
+
+    monkeypatch.setattr(RunFolder, "save_last", refusing)
+    result = train(config(tmp_path / "run", epoch_size=2))
+    assert "No space left on device; training goes on" in capsys.readouterr().err
+    assert read_checkpoint(result.last).training["epoch"] == 2
+
+
+def test_steps_between_saves(tmp_path):
+    """Killed in the middle of an epoch, after a save there: the resumed run ends with the same bits."""
+    options = {"epoch_size": 2, "ckpt_save_steps": 2}
+    whole = train(config(tmp_path / "whole", **options))
+    path = save_config(tmp_path, config(tmp_path / "run", **options))
+    saves = "import os\nfrom visformer.run_folder import RunFolder\nreal = RunFolder.save_last\n"
+    saves += "def save(self, checkpoint, state):\n    real(self, checkpoint, state)\n"
+    saves += '    if (state["epoch"], state["batch"]) == (1, 1):\n        os.kill(os.getpid(), 9)\n'
+    saves += "RunFolder.save_last = save\n"
+    code = saves + "import sys\nfrom visformer.cli import main\nsys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "train", "-c", path], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL
+    state = load_state(tmp_path / "run" / "last.state.pt")
+    assert (state["epoch"], state["batch"]) == (1, 1)
+    result = train(config(tmp_path / "run", resume="auto", **options))
+    assert_same_weights(whole.last, result.last)

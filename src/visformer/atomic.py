@@ -55,6 +55,25 @@ def atomic_text(path: str | Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
+@contextmanager
+def replaced(path: Path, before: Path) -> Iterator[None]:
+    """Around the writing of `path`: what stands there gets a second name, `before`, and keeps it.
+
+    If the writing fails, both names have what they had. A file system without links keeps no `before`.
+    """
+    link = path.with_name(f"{TEMPORARY_PREFIX}{before.name}")
+    with suppress(OSError):
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    try:
+        yield
+    except BaseException:
+        link.unlink(missing_ok=True)
+        raise
+    if link.exists():
+        os.replace(link, before)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of writers that were killed; call it where no other writer is at work."""
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):

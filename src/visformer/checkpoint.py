@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -169,9 +170,24 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     atomic_write(path, write)
 
 
+def snapshot(value: Any) -> Any:
+    """A copy of nested dictionaries, lists and tensors, in the host's memory, which training no longer changes."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
 def load_state(path: str | Path) -> dict[str, Any]:
-    """Read training state; no code in it can run. Raises `RunError` naming the file when it cannot be read."""
+    """Read training state; no code in it can run. Raises `RunError` naming the file when it cannot be read, or when a
+    part of it is not what was written."""
     try:
+        with ZipFile(path) as archive:  # torch itself does not look at the parts' checksums
+            if spoilt := archive.testzip():
+                raise BadZipFile(f"the checksum of {spoilt} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -4,6 +4,7 @@
     best.safetensors     the model with the best top-1 so far
     epoch_0012.safetensors   kept checkpoints, by ckpt_save_policy
     last.state.pt        everything that an exact resume needs, weights included, in one file
+    last.state.before.pt   the same of the save before, for when that file is damaged
     config.yaml          the options; `visformer train -c RUN/config.yaml` runs them again
     split.json           which images were held out, when the data had no validation set
     metrics.jsonl        one JSON object a line: steps, epochs
@@ -20,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visformer.atomic import atomic_text, remove_leftovers
+from visformer import console
+from visformer.atomic import atomic_text, remove_leftovers, replaced
 from visformer.checkpoint import Checkpoint, load_state, read_checkpoint, save_state, write_checkpoint
 from visformer.errors import RunError, UsageError
 from visformer.figures import curves_figure
@@ -37,6 +39,7 @@ class RunFolder:
         self.last = self.path / "last.safetensors"
         self.best = self.path / "best.safetensors"
         self.state = self.path / "last.state.pt"
+        self.state_before = self.path / "last.state.before.pt"
         self.metrics = self.path / "metrics.jsonl"
         self.split = self.path / "split.json"
 
@@ -58,8 +61,8 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot make the run folder {self.path}: {error.strerror}") from error
         remove_leftovers(self.path)
-        if self.state.exists():
-            return load_state(self.state)
+        if self.state.exists() or self.state_before.exists():
+            return self._latest_state()
         if self.last.exists() and read_checkpoint(self.last).training.get("epoch", 0) > 1:
             raise UsageError(
                 f"{self.last}: beside it there is no {self.state.name} to continue from; start from its weights with "
@@ -101,10 +104,33 @@ class RunFolder:
             except ValueError:
                 continue
 
+    def _latest_state(self) -> dict[str, Any]:
+        """The latest state that can be read; one that can't be is passed over for the one before, with a warning."""
+        try:
+            return load_state(self.state)
+        except RunError as error:
+            if not self.state_before.exists():
+                raise
+            if self.state.exists():
+                console.warn(f"{error}; going on from the save before, {self.state_before.name}")
+            return load_state(self.state_before)
+
     def save_last(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        """Write last.safetensors, then the state that makes it official."""
+        """Write last.safetensors, then the state that makes it official; the state before stays, under its own name."""
         write_checkpoint(self.last, checkpoint)
-        save_state(self.state, state | {"kept": self.kept})
+        with replaced(self.state, self.state_before):
+            save_state(self.state, state | {"kept": self.kept})
+
+    def save_epoch(
+        self, checkpoint: Checkpoint, state: dict[str, Any], best: bool, kept: tuple[int, float] | None
+    ) -> None:
+        """Write the files of an epoch's end, first those of which the state speaks. `kept`: the epoch and its score, if
+        it is one of those that may stay."""
+        if best:
+            self.save_best(checkpoint)
+        if kept is not None:
+            self.keep(checkpoint, *kept)
+        self.save_last(checkpoint, state)
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Write best.safetensors."""

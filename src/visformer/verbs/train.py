@@ -18,7 +18,8 @@ import torch
 
 from visformer import console
 from visformer.atomic import atomic_text
-from visformer.checkpoint import Checkpoint, load_state, match_head, read_checkpoint
+from visformer.background import Background
+from visformer.checkpoint import Checkpoint, load_state, match_head, read_checkpoint, snapshot
 from visformer.config import TrainConfig
 from visformer.data import (
     Preprocessing,
@@ -32,7 +33,7 @@ from visformer.errors import Interrupted, RunError, UsageError
 from visformer.metrics import Metrics
 from visformer.options import to_yaml
 from visformer.pretrained import load_checkpoint, published_weights
-from visformer.processes import Place, add_up, anywhere, joined, on_first, share_buffers, wait_for_all
+from visformer.processes import Place, add_up, anywhere, joined, on_first, share_buffers
 from visformer.run_folder import RunFolder
 from visformer.verbs.beginning import build_model, count, name_classes
 from visformer.verbs.evaluation import evaluate
@@ -113,6 +114,7 @@ class Fit:
         self.trainer = Trainer(self.model, scaled(config, here.size), self.device, len(self.loader), here)
         self.epoch, self.batch, self.best_top1, self.skipped = 0, 0, None, {}
         self.bad_steps = 0
+        self.saving = Background("training goes on, and saves again at the next chance")
         if state is not None:
             self._restore(state)
         self._open_validation()
@@ -203,7 +205,9 @@ class Fit:
                     metrics = self._end_epoch(epoch)
                     if anywhere(stop.requested) and epoch + 1 < config.epoch_size:
                         self._interrupted(stop)
+            on_first(self.saving.finish)
         finally:
+            self.saving.wait()
             self.progress.close()
             self.loader.close()
             if self.val_loader is not None:
@@ -259,7 +263,8 @@ class Fit:
 
     def _save_last(self, train_loss: float, metrics: Metrics | None) -> None:
         if self.here.is_first:
-            self.folder.save_last(self._checkpoint(train_loss, metrics), self._state())
+            checkpoint, state = self._checkpoint(train_loss, metrics), snapshot(self._state())
+            self.saving.start(partial(self.folder.save_last, checkpoint, state))
 
     def _end_epoch(self, epoch: int) -> Metrics | None:
         """Validate if it is due, record, save."""
@@ -274,13 +279,11 @@ class Fit:
         if best and metrics is not None:
             self.best_top1 = metrics.top1
         if self.here.is_first:
-            checkpoint = self._checkpoint(train_loss, metrics)
-            if best:
-                self.folder.save_best(checkpoint)
-            if (epoch + 1) % config.ckpt_save_interval == 0:
-                self.folder.keep(checkpoint, epoch + 1, metrics.top1 if metrics else -math.inf)
-            self.folder.save_last(checkpoint, self._state())
-        wait_for_all()  # so that no process ends, or is killed, before what it took part in is saved
+            checkpoint, state = self._checkpoint(train_loss, metrics), snapshot(self._state())
+            keep = (epoch + 1) % config.ckpt_save_interval == 0
+            score = metrics.top1 if metrics else -math.inf
+            kept = (epoch + 1, score) if keep else None
+            self.saving.start(partial(self.folder.save_epoch, checkpoint, state, bool(best), kept))
         return metrics
 
     def _validate(self) -> Metrics:
@@ -325,7 +328,7 @@ class Fit:
             self.trainer.evaluated.config,
             self.class_names,
             self.preprocessing,
-            self.trainer.evaluated.state_dict(),
+            snapshot(self.trainer.evaluated.state_dict()),
             training=summary,
             source={"kind": "trained", "from": str(config.ckpt_path or config.pretrained or "scratch")},
         )
@@ -347,7 +350,7 @@ class Fit:
         self._check_finite()
         if self.batch:  # at the end of an epoch everything is saved already
             self._save_last(self._mean_loss(self.batch), None)
-        wait_for_all()
+        on_first(self.saving.finish)
         stopped = Interrupted(
             f"stopped by {stop.name or 'another process'} and saved at epoch {self.epoch + 1}, batch {self.batch}; "
             f"continue with visformer train -c {self.folder.path / 'config.yaml'} --resume auto"
