@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     convert: Callable[..., Any]
     predict: Callable[..., Any]
     quickstart: Callable[..., Any]
+    report: Callable[..., Any]
     train: Callable[..., Any]
     validate: Callable[..., Any]
 
@@ -43,6 +44,7 @@ __all__ = [
     "models",
     "predict",
     "quickstart",
+    "report",
     "train",
     "validate",
 ]
@@ -55,7 +57,7 @@ _OBJECTS = {  # public name -> module and name there
     "Visformer": ("visformer.hub", "Visformer"),
     "Predictor": ("visformer.verbs.predictor", "Predictor"),
 }
-_VERBS = ("bench", "convert", "predict", "quickstart", "train", "validate")
+_VERBS = ("bench", "convert", "predict", "quickstart", "report", "train", "validate")
 
 
 def __getattr__(name: str) -> Any:

@@ -72,6 +72,11 @@ VERBS = {
         ),
         "visformer.verbs.convert:ConvertOptions",
     ),
+    "report": Verb(
+        "Turn a run folder, or several side by side, into one self-contained HTML page.",
+        ("visformer report ckpt", "visformer report runs/a runs/b --output comparison.html"),
+        "visformer.verbs.report:ReportOptions",
+    ),
     "bench": Verb(
         "Measure speed beside timm's own model, in one run.",
         ("visformer bench --what train", "visformer bench --what infer --json"),

@@ -37,6 +37,7 @@ _FREE = {
     "ckpt_save_steps",
     "max_bad_steps",
     "tensorboard",
+    "trackio",
 }
 
 

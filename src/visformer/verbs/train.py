@@ -118,7 +118,9 @@ class Fit:
         if state is not None:
             self._restore(state)
         self._open_validation()
-        self.progress = Progress(config, folder, self.trainer, processes=here.size, quiet=not here.is_first)
+        self.progress = Progress(
+            config, folder, self.trainer, figures=self.trainer.figures, processes=here.size, quiet=not here.is_first
+        )
 
     def _resumed_state(self) -> dict[str, Any] | None:
         """The state to go on from: the run folder's own, else that beside `ckpt_path`; None begins anew."""

@@ -7,6 +7,7 @@ number, so the state that a resume needs is the weights, the optimizer's moments
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -63,6 +64,7 @@ class Trainer:
         self.max_norm = config.clip_value if config.clip_grad else float("inf")
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)  # of the latest step, before clipping
         self.bad_steps = torch.zeros(3, dtype=torch.int64, device=device)  # in a row now, at most, in all
         self._norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = self._copy_statistics()
@@ -107,6 +109,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        self.grad_norm = norm.detach()
         if self.max_norm != float("inf"):
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_norm, norm)
         # With fp16 an overflow of the gradient is the scaler's business, and no fault.
@@ -151,6 +154,11 @@ class Trainer:
 
     def _copy_statistics(self) -> list[tuple[Tensor, Tensor]]:
         return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self._norms]  # type: ignore[union-attr]
+
+    def figures(self) -> dict[str, float]:
+        """What a record holds beside the loss; waits for the device. A norm that is not finite has no word in JSON."""
+        norm = self.grad_norm.item()
+        return {"grad_norm": norm} if math.isfinite(norm) else {}
 
     @property
     def evaluated(self) -> Visformer:
