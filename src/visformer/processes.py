@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from visformer import console
 from visformer.errors import RunError, UsageError, VisformerError
@@ -93,7 +94,7 @@ def joined(device: torch.device, use: bool | None = None) -> Iterator[Place]:
     console.set_quiet(not here.is_first)
     try:
         backend = f"cpu:gloo,{device.type}:{BACKENDS[device.type]}" if device.type in BACKENDS else "gloo"
-        dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=_store(here), rank=here.rank, world_size=here.size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"process {here.rank} of {here.size} could not join the others at {os.environ['MASTER_ADDR']}:"
@@ -104,6 +105,17 @@ def joined(device: torch.device, use: bool | None = None) -> Iterator[Place]:
     finally:
         console.set_quiet(False)
         dist.destroy_process_group()
+
+
+def _store(here: Place) -> Any:
+    """Where the processes find one another's addresses.
+
+    torchrun keeps one store through all its restarts, and an address that a lost process has left there would be waited
+    for in vain; so each attempt has names of its own.
+    """
+    store, _, _ = next(rendezvous("env://", rank=here.rank, world_size=here.size, timeout=TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"attempt_{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _address(here: Place) -> str:
