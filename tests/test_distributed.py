@@ -25,8 +25,8 @@ from visformer.verbs.launch import devices_to_start, restarted, scaled
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
     "dataset": "digits", "in_channels": 1, "mean": 77, "std": 95, "image_resize": 32, "crop_pct": 1.0,
-    "num_samples": 64, "num_parallel_workers": 0, "hflip": 0, "opt": "sgd", "lr": 0.02, "warmup_epochs": 0, "decay_epochs": 2,
-    "epoch_size": 2, "drop_path_rate": 0, "device_target": "CPU", "log_interval": 1,
+    "num_samples": 64, "num_parallel_workers": 0, "hflip": 0, "opt": "sgd", "lr": 0.02, "warmup_epochs": 0,
+    "decay_epochs": 2, "epoch_size": 2, "drop_path_rate": 0, "device_target": "CPU", "log_interval": 1,
 }  # fmt: skip
 
 
