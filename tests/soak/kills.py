@@ -28,7 +28,8 @@ from visformer.checkpoint import read_checkpoint
 OPTIONS = {
     "dataset": "digits", "in_channels": 1, "mean": 77, "std": 95, "image_resize": 32, "crop_pct": 1.0,
     "num_samples": 192, "num_parallel_workers": 0, "hflip": 0, "opt": "adamw", "lr": 1e-3,
-    "warmup_epochs": 0, "decay_epochs": 4, "epoch_size": 4, "ckpt_save_steps": 2, "keep_checkpoint_max": 2, "device_target": "CPU",
+    "warmup_epochs": 0, "decay_epochs": 4, "epoch_size": 4, "ckpt_save_steps": 2, "keep_checkpoint_max": 2,
+    "device_target": "CPU",
 }  # fmt: skip
 
 
