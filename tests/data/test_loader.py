@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from visformer.config import TrainConfig
 from visformer.data import (
     ArraySource,
     EpochSampler,
+    FolderSource,
     ImageError,
     Preprocessing,
     TrainLoader,
@@ -31,20 +33,17 @@ PREPROCESSING = Preprocessing((32, 32))
 class Source:
     """Grey images whose level tells their index; those in `broken` can't be read."""
 
-    def __init__(self, size: int, broken=(), dies: bool = False) -> None:
+    def __init__(self, size: int, broken=()) -> None:
         self.images = np.random.default_rng(0).integers(0, 256, (size, 12, 10), dtype=np.uint8)
         self.arrays = ArraySource(self.images, np.arange(size) % 3, ["a", "b", "c"], "test")
         self.class_names = ["a", "b", "c"]
         self.broken = set(broken)
-        self.dies = dies
         self.target, self.key = self.arrays.target, self.arrays.key
 
     def __len__(self) -> int:
         return len(self.images)
 
     def load(self, index: int):
-        if self.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
         if index in self.broken:
             raise ImageError("cut short", self.name(index))
         return self.arrays.load(index)
@@ -183,18 +182,64 @@ def test_a_batch_without_a_good_image_stops_the_run(workers, two_cores):
         assert "\n" not in str(caught.value)
 
 
-def test_a_worker_that_dies_is_one_clear_line(two_cores):
-    with loading(Source(8, dies=True), num_parallel_workers=1) as loader:
-        with pytest.raises(RunError, match="a data worker died"):
+def test_what_is_held_on_to_stays_as_it_was(two_cores):
+    """Batches lie in memory that is used again, but never while someone still has a tensor on it."""
+    with loading(Source(60), num_parallel_workers=2) as loader:
+        seen = drawn(loader, 0)
+        loader.set_epoch(0)
+        kept = [batch.images[1:] for batch in loader]  # views, of all batches at once
+        drawn(loader, 1)
+    for view, (_, _, pixels) in zip(kept, seen, strict=True):
+        assert view.numpy().tobytes() == pixels[len(pixels) // 4 :]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_stop_the_run(workers, two_cores):
+    broken = {"num_parallel_workers": workers, "shuffle": False, "max_bad_images": 2}
+    with loading(Source(16, broken=[1, 5]), **broken) as loader:
+        for epoch in range(3):  # the same image counts once
+            loader.set_epoch(epoch)
+            assert len(list(loader)) == 4
+        assert loader.bad_images == {"image1": "cut short", "image5": "cut short"}
+    with loading(Source(16, broken=[1, 5, 9]), **broken) as loader:
+        seen = []
+        with pytest.raises(
+            RunError, match=r"3 training images .* the 2 that max_bad_images allows; .*image9"
+        ) as caught:
+            seen += [batch.indices for batch in loader]
+        assert "\n" not in str(caught.value)
+
+
+def test_a_small_set_may_have_ten_bad_images_and_a_large_one_a_hundredth():
+    assert make_train_loader(Source(30), config()).max_bad_images == 10
+    assert make_train_loader(Source(5000), config()).max_bad_images == 50
+    assert make_train_loader(Source(30), config(max_bad_images=0)).max_bad_images == 0
+
+
+def test_files_that_vanish_are_replaced_and_counted(tmp_path, two_cores):
+    for index in range(12):
+        folder = tmp_path / "ab"[index % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), index * 20, np.uint8)).save(folder / f"{index:02}.jpg")
+    source = FolderSource(tmp_path)
+    with loading(source, num_parallel_workers=2, shuffle=False, color_jitter=None, max_bad_images=1) as loader:
+        assert sum(len(batch.failures) for batch in loader) == 0
+        gone = source.name(5)
+        os.remove(gone)
+        batches = list(loader)
+        assert [batch.failures for batch in batches] == [[], [(gone, "no such file")], []]
+        assert batches[1].indices == [4, 4, 6, 7] and torch.equal(batches[1].images[0], batches[1].images[1])
+        os.remove(source.name(9))
+        with pytest.raises(RunError, match=r"2 training images could not be read") as caught:
             list(loader)
-        loader.close()
+        assert f"{source.name(9)}: no such file" in str(caught.value) and gone in str(caught.value)
 
 
 def test_ctrl_c_does_not_reach_the_workers(two_cores):
     with loading(Source(40), num_parallel_workers=2) as loader:
         iterator = iter(loader)
         next(iterator), next(iterator)  # one of each worker: both have started
-        for worker in loader._loader._iterator._workers:
+        for worker in loader.processes:
             assert os.getpgid(worker.pid) != os.getpgid(0)
             os.kill(worker.pid, signal.SIGINT)
         time.sleep(0.1)

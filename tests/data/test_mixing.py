@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from visformer.config import TrainConfig
 from visformer.data import DeviceTransform, Preprocessing
-from visformer.data.mixing import RandomErasing, cutmix_box
+from visformer.data.mixing import RandomErasing, cutmix_box, mix_reversed
 
 SIZE = 32
 
@@ -158,3 +158,21 @@ def test_erased_box_is_smaller_than_the_image(height, width, seed):
             and bottom - top < height
             and right - left < width
         )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalising_is_the_preprocessings_to_the_bit(channels, memory_format):
+    config = TrainConfig(image_resize=(32, 48), in_channels=channels)
+    images = torch.randint(0, 256, (3, channels, 32, 48), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    result, _ = DeviceTransform(config, 5)(images, torch.arange(3), seed=0)
+    assert torch.equal(result, Preprocessing.from_config(config).normalize(images))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 33])
+def test_mixing_with_the_reversed_batch(count):
+    images = torch.randn(count, 3, 4, 5)
+    expected = torch.lerp(images.flip(0), images, 0.3)
+    mix_reversed(images, 0.3)
+    assert torch.allclose(images, expected, atol=1e-6)

@@ -1,5 +1,6 @@
 """The training transform: its output, its seeds, and its agreement with timm and torchvision."""
 
+import io
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchvision.transforms import functional
 
 from visformer.config import TrainConfig
 from visformer.data import mix_seed, train_transform
+from visformer.data.decode import Encoded
 from visformer.data.transforms import ColorJitter
 
 
@@ -64,13 +66,43 @@ def test_three_splits_begin_with_the_clean_one():
 
 
 def test_crop_is_timms():
+    """The draws, the number of them too, and the pixels: of Pillow images exactly, of others but for rounding."""
     transform = train_transform(TrainConfig(image_resize=32, color_jitter=None, hflip=0.0, interpolation="bicubic"))
     timms = RandomResizedCropAndInterpolation(32, (0.08, 1.0), (0.75, 1.333), "bicubic")
-    for seed in range(20):
-        random.seed(seed)
-        expected = timms(picture())
-        random.seed(seed)
-        assert np.array_equal(transform(picture()).permute(1, 2, 0), np.asarray(expected))
+    for size in ((50, 40), (30, 200), (200, 30)):
+        image = picture(size=(size[0] // 5, size[1] // 5)).resize(size, Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        for seed in range(20):
+            random.seed(seed)
+            expected, drawn = np.asarray(timms(image)).astype(int), random.random()
+            for form, mean in ((image, 0), (np.asarray(image), 0.25), (Encoded(buffer.getvalue()), 0.25)):
+                random.seed(seed)
+                result = transform(form).permute(1, 2, 0).numpy()
+                assert np.abs(result - expected).mean() <= mean and random.random() == drawn
+
+
+def test_a_large_jpeg_is_decoded_smaller(monkeypatch):
+    """The random numbers, and so the crop, do not depend on it, and the result hardly does."""
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((1280, 960), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    transform = train_transform(TrainConfig(image_resize=64, color_jitter=None, interpolation="bicubic"))
+    used, results = set(), []
+    reduction = Encoded.reduction
+    for limit in (1, 8):
+
+        def limited(self, *arguments, limit=limit):
+            used.add(min(reduction(self, *arguments), limit))
+            return min(reduction(self, *arguments), limit)
+
+        monkeypatch.setattr(Encoded, "reduction", limited)
+        random.seed(5)
+        images = [transform(Encoded(buffer.getvalue())).numpy() for _ in range(20)]
+        results.append((np.stack(images).astype(int), random.random()))
+    assert used == {1, 2, 4, 8}
+    assert results[0][1] == results[1][1]
+    assert np.abs(results[0][0] - results[1][0]).mean() < 2
 
 
 def test_flips():
@@ -81,13 +113,16 @@ def test_flips():
 
 def test_colour_jitter_is_torchvisions(monkeypatch):
     image = picture()
-    factors = iter([0.7, 1.2, 1.3])
+    factors = iter([0.7, 1.2, 1.3, 0.7, 1.2, 1.3])
     monkeypatch.setattr(random, "sample", lambda kinds, n: list(kinds))
     monkeypatch.setattr(random, "uniform", lambda low, high: next(factors))
     expected = functional.adjust_saturation(
         functional.adjust_contrast(functional.adjust_brightness(image, 0.7), 1.2), 1.3
     )
-    assert np.array_equal(np.asarray(ColorJitter(0.4)(image)), np.asarray(expected))
+    assert np.array_equal(ColorJitter(0.4)(np.asarray(image)), np.asarray(expected))
+    alpha = np.dstack((np.asarray(image), np.full((40, 50), 9, np.uint8)))
+    jittered = ColorJitter(0.4)(alpha)
+    assert np.array_equal(jittered[:, :, :3], np.asarray(expected)) and (jittered[:, :, 3] == 9).all()
 
 
 def test_jitter_gives_way_to_a_policy():

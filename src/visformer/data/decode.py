@@ -6,22 +6,27 @@ read raises `ImageError` with a reason of one line, so that a loader can skip th
 
 Only formats with a signature and a decoder of their own are tried: Pillow would hand a file that begins like PostScript
 to Ghostscript, and guesses at formats without a signature.
+
+`Encoded` is the training loader's way: it knows an image's size from the header, and decodes once the crop is known.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from visformer.errors import VisformerError
 
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded: 300 MB as RGB
+HEADROOM = 1.5  # pixels that a reduced decode leaves to the final resize, per pixel of its result and side
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # Pillow's names for the formats that are read, and the suffixes their files go by.
@@ -49,6 +54,26 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Each is a swap of the axes, or none, and then a reversal of rows, columns or both.
+_SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+_UPSIDE_DOWN = (
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+)
+_ROWS_BELOW = 2  # that libjpeg looks at to interpolate the colours of a row
+_MIRRORED = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+)
 
 
 class ImageError(VisformerError):
@@ -81,6 +106,164 @@ def open_image(source: str | Path | bytes | BinaryIO, channels: int = 3) -> Imag
         raise
     except Exception as error:  # Pillow's decoders answer hostile bytes with errors of every type
         raise ImageError(_reason(error), name) from error
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image's file. Raises `ImageError`."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(_reason(error), str(path)) from error
+
+
+class Encoded:
+    """An image file in memory: upright `width` and `height` in pixels now, the pixels of a crop when asked for.
+
+    An ordinary JPEG goes straight to libjpeg-turbo, which can decode at half, a quarter or an eighth of its size for
+    much less than the whole; whatever else there is, damaged JPEGs among it, goes to `open_image` and comes out as it
+    does everywhere. Raises `ImageError`.
+    """
+
+    def __init__(self, data: bytes, channels: int = 3) -> None:
+        self.channels = channels
+        self._data = data
+        self._upright: Image.Transpose | None = None
+        self._image: Image.Image | None = None
+        size = _plain_jpeg(data, channels)
+        if size is None:
+            self._image = open_image(data, channels)
+            self.width, self.height = self._image.size
+            return
+        self.width, self.height = size
+        if _has_metadata(data):
+            self._upright = _orientation(data)
+            if self._upright in _SIDEWAYS:
+                self.width, self.height = self.height, self.width
+
+    def reduction(self, width: int, height: int, at_least: tuple[int, int]) -> int:
+        """By how much (1, 2, 4 or 8) a crop of `width` x `height` may shrink in decoding and still hold `HEADROOM`
+        times `at_least` (height, width) pixels on either side; 1 where the format can't be decoded at a reduced size.
+        """
+        if self._image is not None:
+            return 1
+        rows, columns = (HEADROOM * side for side in at_least)
+        return next((by for by in (8, 4, 2) if width >= by * columns and height >= by * rows), 1)
+
+    def crop(self, left: int, top: int, width: int, height: int, reduction: int = 1) -> np.ndarray:
+        """The pixels of a crop, uint8 (height, width, C), contiguous, in the caller's hands.
+
+        With a `reduction` (see there), decoded at that fraction of the size; the edges of the crop then fall on the
+        nearest pixels of the reduced image.
+        """
+        if self._image is None:
+            pixels = self._decode(reduction, top + height)
+            if pixels is not None:
+                down, right = min(-(-(top + height) // reduction), pixels.shape[0]), left + width
+                right = min(-(-right // reduction), pixels.shape[1])
+                return pixels[top // reduction : down, left // reduction : right].copy()
+            self._image = open_image(self._data, self.channels)
+        pixels = np.array(self._image.crop((left, top, left + width, top + height)))
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+    def _decode(self, reduction: int, rows: int) -> np.ndarray | None:
+        """The first `rows` or more, upright, uint8 (H, W, C), valid until the next call; None when the file is not
+        quite in order."""
+        data, width, height = self._data, self.width, self.height
+        shortened = self._upright is None and rows + _ROWS_BELOW * reduction < height and _single_scan(data)
+        if shortened:
+            height = rows + _ROWS_BELOW * reduction
+            data = b"".join((data[: shortened + 5], height.to_bytes(2, "big"), data[shortened + 7 :]))
+        height, width = -(-height // reduction), -(-width // reduction)
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                data,
+                "GRAY" if self.channels == 1 else "RGB",
+                min_height=width if self._upright in _SIDEWAYS else height,
+                min_width=height if self._upright in _SIDEWAYS else width,
+                min_factor=reduction,
+                buffer=_canvas(height * width * (1 if self.channels == 1 else 3)),
+                strict=not shortened,  # what follows the last row that is decoded looks like a fault
+            )
+        except ValueError:
+            return None
+        return pixels if self._upright is None else _turned(pixels, self._upright)
+
+
+class _Canvas(threading.local):
+    """Memory that each image is decoded into: fresh pages for every one would take as long as decoding it."""
+
+    memory = np.empty(0, np.uint8)
+
+
+_CANVAS = _Canvas()
+
+
+def _canvas(size: int) -> np.ndarray:
+    if len(_CANVAS.memory) < size:
+        _CANVAS.memory = np.empty(size, np.uint8)
+    return _CANVAS.memory
+
+
+def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
+    """(width, height) as stored of a JPEG whose colours libjpeg-turbo converts just as `open_image` would; else None.
+
+    Raises `ImageError` for one that is too large.
+    """
+    if data[:3] != b"\xff\xd8\xff" or channels == 4:
+        return None
+    try:
+        rows, columns, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    width, height = int(columns), int(rows)
+    if width * height > MAX_PIXELS:
+        raise ImageError(_too_large(width, height))
+    same = space == "Gray" if channels == 1 else space in ("Gray", "YCbCr", "RGB")
+    return (width, height) if same else None
+
+
+def _has_metadata(data: bytes) -> bool:
+    """True for a JPEG with EXIF or XMP data (segments APP1), which may tell an orientation."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and (kind := data[place + 1 : place + 2]) != b"\xda":
+        if kind == b"\xe1":
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def _single_scan(data: bytes) -> int:
+    """Where the frame header (SOF) of a JPEG is whose rows follow one another in a single scan and which ends as it
+    should; 0 for any other.
+
+    With a smaller height written there, libjpeg decodes the upper rows and leaves it at that.
+    """
+    frame, place = 0, 2
+    while data[place : place + 1] == b"\xff":
+        kind = data[place + 1]
+        if kind in (0xC0, 0xC1):  # baseline and extended sequential, Huffman coded
+            frame = place
+        elif kind == 0xDA:
+            whole = frame and data[place + 4] == data[frame + 9] and data.rstrip(b"\0").endswith(b"\xff\xd9")
+            return frame if whole else 0
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0
+
+
+def _orientation(data: bytes) -> Image.Transpose | None:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF data says nothing about the pixels
+        return None
+
+
+def _turned(pixels: np.ndarray, method: Image.Transpose) -> np.ndarray:
+    """(H, W, C) as Pillow's `transpose` would have it, a view."""
+    if method in _SIDEWAYS:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if method in _UPSIDE_DOWN else 1, :: -1 if method in _MIRRORED else 1]
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

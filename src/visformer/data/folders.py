@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visformer.data.decode import IMAGE_SUFFIXES, ImageError, open_image
+from visformer.data.decode import IMAGE_SUFFIXES, ImageError, open_image, read_file
 from visformer.errors import UsageError, nearest
 
 
@@ -60,6 +60,10 @@ class FolderSource:
 
     def load(self, index: int) -> Image.Image:
         return open_image(self.name(index), self.channels)
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of the image's file. Raises `ImageError`."""
+        return read_file(self.name(index))
 
     def target(self, index: int) -> int:
         return int(self._targets[index])

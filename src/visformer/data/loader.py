@@ -5,33 +5,34 @@ A training batch is a function of the configuration's seed, the epoch and the ba
 middle of an epoch. The global generators of the process that iterates are left as they were.
 
 An image that can't be read does not stop an epoch. In training a copy of its batch's first good sample stands in, so
-that shapes stay; in evaluation it is left out, so that figures are exact. Either way the batch lists it.
+that shapes stay; in evaluation it is left out, so that figures are exact. Either way the batch lists it, and training
+stops once there are more of them than `max_bad_images` allows. What happens when a worker dies is in workers.py.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from visformer.data.arrays import ArraySource
-from visformer.data.decode import ImageError
+from visformer.data.jobs import BatchJob, Told, eval_job, train_job
 from visformer.data.preprocessing import Preprocessing
 from visformer.data.sampler import EpochSampler, Item
 from visformer.data.sources import ImageSource, Subset
-from visformer.data.transforms import TrainTransform, mix_seed
+from visformer.data.workers import WorkerPool
 from visformer.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from visformer.config import TrainConfig
+
+LEAST_BAD_IMAGES = 10  # that a small set may have, however few a hundredth of it is
+TIMEOUT_S = 120.0  # that evaluation, which has no option for it, grants a worker for one image
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class TrainLoader:
 
     `set_epoch` says where to begin; a loop that was abandoned can be begun again at any time. `len` is the number of
     batches of a full epoch, the same on every rank. `close` ends the workers, which otherwise wait for the next epoch.
-    Iterating raises `RunError` when no image of a batch can be read, or when a worker dies.
+    `bad_images` holds the name and reason of each image that could not be read so far. Iterating raises `RunError` when
+    they are more than the configuration's `max_bad_images`, when no image of a batch can be read, or when workers die
+    time and again.
     """
 
     def __init__(
@@ -96,14 +99,22 @@ class TrainLoader:
                 f"batch_size: {whole} images are more than the {self.sampler.total} there are to train on; "
                 "lower it or set drop_remainder to False"
             )
-        dataset = _TrainBatches(source, TrainTransform(config), config.seed)
+        allowed = max(LEAST_BAD_IMAGES, len(source) // 100)
+        self.max_bad_images = allowed if config.max_bad_images is None else config.max_bad_images
+        self.bad_images: dict[str, str] = {}
         workers = 0 if _is_small(source) else config.num_parallel_workers
-        self._loader = _data_loader(dataset, _Grouped(self), workers, pin_memory)
+        job = train_job(source, config, self.batch_size)
+        self._batches_of = _Batches(job, workers, config.data_timeout_s, pin_memory)
 
     @property
     def num_workers(self) -> int:
         """Worker processes in use; 0 when this process does the work."""
-        return self._loader.num_workers
+        return self._batches_of.num_workers
+
+    @property
+    def processes(self) -> list[Any]:
+        """The worker processes that run now."""
+        return self._batches_of.processes
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Let the next iteration draw epoch `epoch`, from its batch `start_batch` on."""
@@ -113,17 +124,25 @@ class TrainLoader:
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in _guarded(self._loader):
-            if not len(batch):
-                name, reason = batch.failures[0]
-                raise RunError(
-                    f"{name}: {reason}; and none of the other images of its batch can be read; check the data"
-                )
+        for batch in self._batches_of(_Grouped(self)):
+            self._count(batch)
             yield batch
+
+    def _count(self, batch: Batch) -> None:
+        self.bad_images.update(batch.failures)
+        if len(self.bad_images) > self.max_bad_images:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad_images.items())[-3:])
+            raise RunError(
+                f"{len(self.bad_images)} training images could not be read, more than the {self.max_bad_images} that "
+                f"max_bad_images allows; the latest: {some}. Check the data, or raise --max_bad_images"
+            )
+        if not len(batch):
+            name, reason = batch.failures[0]
+            raise RunError(f"{name}: {reason}; and none of the other images of its batch can be read; check the data")
 
     def close(self) -> None:
         """End the worker processes. The loader can be used again, and starts new ones."""
-        _close(self._loader)
+        self._batches_of.close()
 
 
 class EvalLoader:
@@ -146,19 +165,19 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         own = range(rank, len(source), world_size)
-        groups = [list(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
-        dataset = _EvalBatches(source, preprocessing)
-        self._loader = _data_loader(dataset, groups, min(num_workers, len(groups)), pin_memory)
+        self._groups = [[Item(0, i, 0) for i in own[i : i + batch_size]] for i in range(0, len(own), batch_size)]
+        job = eval_job(source, preprocessing, min(batch_size, len(own)))
+        self._batches_of = _Batches(job, min(num_workers, len(self._groups)), TIMEOUT_S, pin_memory)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _guarded(self._loader)
+        return self._batches_of(self._groups)
 
     def close(self) -> None:
         """End the worker processes. The loader can be used again, and starts new ones."""
-        _close(self._loader)
+        self._batches_of.close()
 
 
 def make_train_loader(
@@ -196,75 +215,6 @@ def make_eval_loader(
     )
 
 
-class _TrainBatches(Dataset):
-    """Items of the sampler -> an augmented `Batch`; empty when none of them can be read."""
-
-    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
-
-    def __getitem__(self, items: Sequence[Item]) -> Batch:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            return _collect(self.source, items, self._sample)
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-
-    def _sample(self, item: Item, image: Image.Image) -> torch.Tensor:
-        self.transform.seed(mix_seed(self.seed, *item))
-        return self.transform(image)
-
-
-class _EvalBatches(Dataset):
-    """Indices -> a `Batch` of those that can be read."""
-
-    def __init__(self, source: ImageSource, preprocessing: Preprocessing) -> None:
-        self.source = source
-        self.preprocessing = preprocessing
-
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
-        items = [Item(0, index, 0) for index in indices]
-        return _collect(self.source, items, lambda _, image: self.preprocessing(image), stand_in=False)
-
-
-def _collect(
-    source: ImageSource,
-    items: Sequence[Item],
-    sample: Callable[[Item, Image.Image], torch.Tensor],
-    *,
-    stand_in: bool = True,
-) -> Batch:
-    """Load items into one batch; with `stand_in` the first good sample takes the place of each that can't be read."""
-    tensors: list[torch.Tensor | None] = []
-    failures: list[tuple[str, str]] = []
-    for item in items:
-        try:
-            tensors.append(sample(item, source.load(item.index)))
-        except ImageError as error:
-            failures.append((source.name(item.index), error.reason))
-            tensors.append(None)
-    good = [place for place, tensor in enumerate(tensors) if tensor is not None]
-    if not good:
-        return Batch(torch.zeros(0, 0, 0, 0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], failures)
-    places = [place if tensors[place] is not None else good[0] for place in range(len(items))] if stand_in else good
-    indices = [items[place].index for place in places]
-    targets = torch.tensor([source.target(index) for index in indices])
-    return Batch(_stack([tensors[place] for place in places]), targets, indices, failures)  # type: ignore
-
-
-def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """uint8 (C, H, W), views of (H, W, C) memory -> (B, C, H, W) channels_last; (S, C, H, W) -> (S * B, C, H, W).
-
-    Of the S splits, the first of every sample comes first.
-    """
-    if tensors[0].ndim == 4:
-        return torch.stack(tensors, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    return torch.stack([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)
-
-
 class _Grouped:
     """The sampler's items, batch by batch, up to the epoch's last."""
 
@@ -289,55 +239,41 @@ class _Grouped:
             yield group
 
 
-def _data_loader(dataset: Dataset, groups, workers: int, pin_memory: bool) -> DataLoader:
-    """A DataLoader whose samples are whole batches. Its own generator keeps it from drawing on torch's global one."""
-    workers = min(workers, available_cores())
-    return DataLoader(
-        dataset,
-        sampler=groups,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_is,  # type: ignore
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker if workers else None,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),
-    )
+class _Batches:
+    """Groups of items -> `Batch`es, made by workers or, with none, by this process."""
 
+    def __init__(self, job: BatchJob, workers: int, timeout_s: float, pin_memory: bool) -> None:
+        self.job = job
+        self.pin_memory = pin_memory
+        self.num_workers = min(workers, available_cores())
+        self._pool = WorkerPool(job, self.num_workers, timeout_s=timeout_s)
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+    @property
+    def processes(self) -> list[Any]:
+        return self._pool.processes
 
+    def __call__(self, groups: Iterable[Sequence[Item]]) -> Iterator[Batch]:
+        made = self._pool.run(groups) if self.num_workers else map(self._make, groups)
+        for images, told in made:
+            batch = Batch(
+                images.permute(0, 3, 1, 2), torch.tensor(told.targets, dtype=torch.int64), told.indices, told.failures
+            )
+            yield batch.pin_memory() if self.pin_memory else batch
 
-def _start_worker(_: int) -> None:
-    """Leave Ctrl-C and `timeout` to the parent, which ends its workers once it has saved.
+    def _make(self, group: Sequence[Item]) -> tuple[torch.Tensor, Told]:
+        """What a worker would do, leaving the global generators as they are."""
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            out = np.empty(self.job.shape, np.uint8)
+            count, told = self.job(group, out, frozenset(), lambda _: None)
+            return torch.from_numpy(out[:count]), told
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
-    Both signal the whole process group, so each worker gets a group of its own.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    torch.set_num_threads(1)
-
-
-def _guarded(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches; the death of a worker becomes one clear line."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            "a data worker died, most often for want of memory or shared memory (/dev/shm); "
-            "lower num_parallel_workers or batch_size"
-        ) from error
-
-
-def _close(loader: DataLoader) -> None:
-    iterator = loader._iterator
-    if iterator is not None:
-        iterator._shutdown_workers()  # type: ignore
-        loader._iterator = None
+    def close(self) -> None:
+        self._pool.close()
 
 
 def _is_small(source: ImageSource) -> bool:

@@ -8,13 +8,16 @@ run of days would not have the augmentation that was asked for.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
+from visformer.data import image_ops
 from visformer.data.preprocessing import PIL_RESAMPLING
 from visformer.errors import UsageError
 
@@ -52,9 +55,13 @@ _INCREASING = ("Color", "Sharpness", "Solarize", "Contrast", "Brightness")
 
 @dataclass(frozen=True)
 class Policy:
-    """`apply`: PIL image -> PIL image of its mode and size. `numpy`, `torch`: does it draw from their generators."""
+    """`apply`: uint8 (H, W, C) -> a new array of that shape. `numpy`, `torch`: does it draw from their generators.
 
-    apply: Callable[[Image.Image], Image.Image]
+    `chosen` is timm's or torchvision's own policy.
+    """
+
+    apply: Callable[[np.ndarray], np.ndarray]
+    chosen: Any
     numpy: bool = False
     torch: bool = False
 
@@ -146,12 +153,19 @@ def _timm_policy(kind: str, name: str, parts: dict[str, str], hparams: dict) -> 
         policy = auto_augment_transform(text, hparams)
         ops = [op for steps in policy.policy for op in steps]
     for op in ops:
-        if op.name.startswith("Posterize"):
-            op.aug_fn = _posterize
-    return Policy(policy, numpy=kind != "auto")
+        if kind == "augmix":  # mixes what its operations give, as Pillow images
+            op.aug_fn = pillow_posterize if op.name.startswith("Posterize") else op.aug_fn
+        else:
+            image_ops.for_timm(op)
+    apply = functools.partial(_by_pillow, policy) if kind == "augmix" else policy
+    return Policy(apply, policy, numpy=kind != "auto")
 
 
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+def _by_pillow(policy: Callable[[Image.Image], Image.Image], pixels: np.ndarray) -> np.ndarray:
+    return image_ops.from_pillow(policy(image_ops.to_pillow(pixels)))
+
+
+def pillow_posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """Keep the highest `bits` of each level. timm may ask for 0 bits (black), which Pillow 13 refuses."""
     return ImageOps.posterize(image, bits) if bits else image.point([0] * (256 * len(image.getbands())))
 
@@ -160,4 +174,5 @@ def _trivial(interpolation: str, fill: tuple[int, ...]) -> Policy:
     from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
     mode = InterpolationMode("bilinear" if interpolation == "random" else _warping(interpolation))
-    return Policy(TrivialAugmentWide(interpolation=mode, fill=list(fill)), torch=True)
+    policy = TrivialAugmentWide(interpolation=mode, fill=list(fill))
+    return Policy(functools.partial(_by_pillow, policy), policy, torch=True)

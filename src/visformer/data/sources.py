@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from visformer.data.decode import Encoded
 from visformer.errors import UsageError
 
 
@@ -67,6 +68,22 @@ class Subset:
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
+
+
+def training_image(source: ImageSource, index: int, channels: int) -> Image.Image | Encoded | np.ndarray:
+    """One image for the training transform: still encoded, or as pixels, where the source has a method `raw`.
+
+    `raw(index)` gives the bytes of the image's file, or its pixels as uint8 (H, W, `channels`); None, and a source
+    without it, mean that `load` is the way. Raises `ImageError`.
+    """
+    while isinstance(source, Subset):
+        index = int(source.indices[index])
+        source = source.source
+    raw = getattr(source, "raw", None)
+    data = raw(index) if raw is not None else None
+    if data is None:
+        return source.load(index)
+    return Encoded(data, channels) if isinstance(data, bytes) else data
 
 
 def stratified(source: ImageSource, fraction: float, seed: int) -> tuple[Subset, Subset]:

@@ -1,23 +1,26 @@
 """What a training image goes through before it is batched: random resized crop, flips, then a policy or colour jitter.
 
-Everything stays an 8-bit PIL image until the end; normalisation, erasing and mixing are done batch-wise on the device
-(mixing.py). The transform draws from `random` and, only where the policy does, from numpy's and torch's global
-generators: `seed` sets just those, because seeding all three would cost more than cropping a small image.
+The crop is drawn from the image's size alone, so that an encoded image is decoded only as finely as its crop needs.
+Everything stays 8-bit until the end; normalisation, erasing and mixing are done batch-wise on the device (mixing.py).
+The transform draws from `random` and, only where the policy does, from numpy's and torch's global generators: `seed`
+sets just those, because seeding all three would cost more than cropping a small image.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from PIL import Image
 
+from visformer.data import image_ops
+from visformer.data.decode import Encoded
 from visformer.data.policies import build_policy
-from visformer.data.preprocessing import PIL_RESAMPLING, for_channels, image_to_tensor
+from visformer.data.preprocessing import PIL_RESAMPLING, for_channels
 
 if TYPE_CHECKING:
     from visformer.config import TrainConfig
@@ -37,7 +40,11 @@ def mix_seed(*parts: int) -> int:
 
 
 class TrainTransform:
-    """PIL image of `in_channels` -> uint8 (C, H, W); with aug_splits, (splits, C, H, W), clean first."""
+    """An image of `in_channels` -> uint8 (C, H, W), a view of (H, W, C) memory; with aug_splits, (splits, C, H, W),
+    clean first.
+
+    The image is a PIL image, an `Encoded` file, or pixels as a uint8 (H, W, C) array.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.size = (config.image_size[0], config.image_size[1])
@@ -69,41 +76,88 @@ class TrainTransform:
         if self.uses_torch:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators as well
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        image = self.crop_and_flip(image)
+    def __call__(self, image: Image.Image | Encoded | np.ndarray) -> torch.Tensor:
+        pixels = self.crop_and_flip(image)
         if not self.splits:
-            return image_to_tensor(self.colour(image) if self.colour else image)
-        copies = [image, *(self.colour(image) if self.colour else image for _ in range(self.splits - 1))]
-        return torch.stack([image_to_tensor(copy) for copy in copies])
+            return _tensor(self.colour(pixels) if self.colour else pixels)
+        copies = [pixels, *(self.colour(pixels) if self.colour else pixels for _ in range(self.splits - 1))]
+        return torch.stack([_tensor(copy) for copy in copies])
 
-    def crop_and_flip(self, image: Image.Image) -> Image.Image:
-        """The part of the transform that moves pixels: PIL image -> PIL image of the model's size."""
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
+    def crop_and_flip(self, image: Image.Image | Encoded | np.ndarray) -> np.ndarray:
+        """The part of the transform that moves pixels: an image -> uint8 (H, W, C) of the model's size."""
+        height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        box = draw_crop(width, height, self.scale, self.ratio)
         resampling = self.resampling[0] if len(self.resampling) == 1 else random.choice(self.resampling)
-        image = image.crop((left, top, left + width, top + height)).resize((self.size[1], self.size[0]), resampling)
+        pixels = self._resized(image, box, resampling)
         if self.hflip and random.random() < self.hflip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = image_ops.flip(pixels, 1)
         if self.vflip and random.random() < self.vflip:
-            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        return image
+            pixels = image_ops.flip(pixels, 0)
+        return pixels
+
+    def _resized(
+        self, image: Image.Image | Encoded | np.ndarray, box: tuple[int, int, int, int], resampling: Image.Resampling
+    ) -> np.ndarray:
+        left, top, width, height = box
+        if isinstance(image, Image.Image):
+            cropped = image.crop((left, top, left + width, top + height))
+            return image_ops.from_pillow(cropped.resize((self.size[1], self.size[0]), resampling))
+        if isinstance(image, Encoded):
+            pixels = image.crop(*box, reduction=image.reduction(width, height, self.size))
+        else:
+            pixels = image[top : top + height, left : left + width].copy()
+        return image_ops.resize(pixels, self.size, resampling)
+
+
+def draw_crop(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height) in pixels of a crop of a share of the area in `scale`, at an aspect ratio in `ratio`.
+
+    Inception's (Szegedy et al., arXiv:1409.4842), drawn number by number as timm and torchvision do; the largest
+    centred crop of an allowed ratio when ten tries do not fit.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = random.uniform(*scale) * (width * height)
+        aspect = math.exp(random.uniform(low, high))
+        crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if crop_w <= width and crop_h <= height:
+            top = random.randint(0, height - crop_h)
+            return random.randint(0, width - crop_w), top, crop_w, crop_h
+    crop_w, crop_h = width, height
+    if width / height < ratio[0]:
+        crop_h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        crop_w = round(height * ratio[1])
+    return (width - crop_w) // 2, (height - crop_h) // 2, crop_w, crop_h
+
+
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class ColorJitter:
-    """torchvision's ColorJitter(strength, strength, strength) on PIL images, drawing from `random`.
+    """torchvision's ColorJitter(strength, strength, strength) on uint8 (H, W, C) arrays, drawing from `random`.
 
     Brightness, contrast and saturation, in random order, each by a factor uniform in [max(0, 1 - strength), 1 +
-    strength].
+    strength]. Alpha stays.
     """
 
-    _KINDS: Sequence = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    _KINDS: Sequence[Callable[[np.ndarray, float], np.ndarray]] = (
+        image_ops.brightness,
+        image_ops.contrast,
+        image_ops.color,
+    )
 
     def __init__(self, strength: float) -> None:
         self.low, self.high = max(0.0, 1 - strength), 1 + strength
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        colours = np.ascontiguousarray(pixels[:, :, :3])
         for kind in random.sample(self._KINDS, 3):
-            image = kind(image).enhance(random.uniform(self.low, self.high))
-        return image
+            colours = kind(colours, random.uniform(self.low, self.high))
+        return colours if pixels.shape[2] < 4 else np.concatenate((colours, pixels[:, :, 3:]), axis=2)
 
 
 def train_transform(config: TrainConfig) -> TrainTransform:

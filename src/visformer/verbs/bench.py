@@ -1,10 +1,12 @@
-"""`visformer bench`: how fast a model trains or infers, beside timm's own model of the same name, in one run.
+"""`visformer bench`: how fast a model trains or infers, or images load, beside timm's own, in one run.
 
     visformer bench --what train --models visformer_tiny,visformer_small --batch_sizes 32,128
+    visformer bench --what data --workers 2
 
-All contenders work on the same synthetic batch in the same process and take turns step by step; nothing is read from
-disk. They must first prove that they compute the same thing: with equal weights, equal logits. A training step is
-forward, label-smoothed cross entropy, backward and AdamW; an inference step is a forward pass on normalised images.
+Loading is in bench_data.py. For the rest, all contenders work on the same synthetic batch in the same process and take
+turns step by step; nothing is read from disk. They must first prove that they compute the same thing: with equal
+weights, equal logits. A training step is forward, label-smoothed cross entropy, backward and AdamW; an inference step
+is a forward pass on normalised images.
 """
 
 from __future__ import annotations
@@ -27,15 +29,27 @@ if TYPE_CHECKING:
 class BenchOptions:
     """Options of `visformer bench`; see each field's help."""
 
-    what: Literal["train", "infer"] = option("train", "training steps or forward passes", group="Work")
-    against: Literal["timm"] = option("timm", "whose models to measure against")
-    models: list[str] = option(["visformer_tiny"], "models that both have, measured one after the other")
+    what: Literal["train", "infer", "data"] = option(
+        "train", "training steps, forward passes, or images loaded and augmented", group="Work"
+    )
+    against: Literal["timm"] = option("timm", "whose models and loader to measure against")
+    models: list[str] | None = option(
+        None,
+        "models that both have, measured one after the other (None: visformer_tiny); with data, models of ours whose "
+        "training rate to hold the loader against (None: none)",
+    )
     batch_sizes: list[int] = option([64], "images per step; each is measured in turn")
     image_size: int | None = option(
-        None, "side of the images in pixels, a multiple of 32; None: 224 on an accelerator, 64 on a CPU"
+        None, "side of the images in pixels, a multiple of 32; None: 224 on an accelerator and with data, 64 on a CPU"
     )
-    repeats: int = option(20, "steps of each contender that count")
-    warmup: int = option(3, "steps of each contender before those that count")
+    repeats: int | None = option(
+        None, "steps of each contender that count, with data passes over the images; None: 20, with data 5"
+    )
+    warmup: int | None = option(None, "steps or passes of each contender before those that count; None: 3, with data 1")
+    data_dir: str = option("", "folder of class folders to read; empty: JPEGs made on the spot", group="Data")
+    num_images: int = option(1024, "images to make, or to take of the folder's")
+    workers: int = option(2, "worker processes of each loader; at most the cores there are")
+    auto_augment: str | None = option("autoaug", "augmentation policy of both loaders, or none")
     amp_level: Literal["O0", "O1", "O2", "O3"] = option(
         "O2",
         "ours, and timm's as ours: O0: fp32; O1 to O3: bf16. The baseline is timm's in fp32 at any",
@@ -48,13 +62,14 @@ class BenchOptions:
     output: str = option("", "file for the JSON document, beside what is printed")
 
     def __post_init__(self) -> None:
-        for name, least in (("repeats", 2), ("warmup", 0)):
+        self._fill_in()
+        for name, least in (("repeats", 2), ("warmup", 0), ("workers", 0), ("num_images", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be at least {least}")
         if self.image_size is not None and self.image_size < 32:
             raise UsageError(f"image_size: {self.image_size} is too small; the model needs at least 32 pixels a side")
         for name in ("models", "batch_sizes"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "models" and self.what == "data"):
                 raise UsageError(f"{name}: the list is empty; give at least one")
         if min(self.batch_sizes) < 2 and self.what == "train":
             raise UsageError(
@@ -65,12 +80,28 @@ class BenchOptions:
         if self.output and Path(self.output).is_dir():
             raise UsageError(f"output: {self.output} is a folder; give a file")
 
+    def _fill_in(self) -> None:
+        """What depends on `what`."""
+        data = self.what == "data"
+        if self.repeats is None:
+            self.repeats = 5 if data else 20
+        if self.warmup is None:
+            self.warmup = 1 if data else 3
+        if self.models is None:
+            self.models = [] if data else ["visformer_tiny"]
+        if self.image_size is None and data:
+            self.image_size = 224
+
 
 def run(options: BenchOptions) -> int:
     """Measure, print the table or the document, and return the exit code."""
     document = bench(options)
     if options.json:
         console.print_json(document)
+    elif options.what == "data":
+        from visformer.verbs.bench_data import print_tables
+
+        print_tables(document)
     else:
         _print_table(document)
     if options.output:
@@ -85,20 +116,13 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     warmup, and `results`, one for each model and batch size: model, batch_size, logit_difference (largest, float64, as
     a share of the largest logit) and `contenders`, each with name, precision, memory_format, images_per_s, ratio
     (speed over that of the contender `timm`: fp32, eager, contiguous), both medians and both with `_quartiles`,
-    seconds_per_step and finite. Raises `UsageError` for a model that timm lacks or a size that it refuses, `RunError`
-    when logits differ.
+    seconds_per_step and finite. With data: workers, auto_augment, data_dir, and results as `bench_data.measure` gives
+    them. Raises `UsageError` for a model that timm lacks or a size that it refuses, `RunError` when logits differ.
     """
-    import torch
-
     from visformer.distributed import select_device
-    from visformer.verbs.bench_timm import check_peer
 
     device = select_device(options.device_target)
     image_size = options.image_size or (64 if device.type == "cpu" else 224)
-    for name in options.models:
-        check_peer(name, image_size)
-    torch.manual_seed(0)
-    cases = [(name, batch_size) for name in options.models for batch_size in options.batch_sizes]
     document = {
         "what": options.what,
         "against": options.against,
@@ -106,13 +130,45 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         "image_size": image_size,
         "repeats": options.repeats,
         "warmup": options.warmup,
-        "results": [_measure(*case, image_size, device, options) for case in cases],
-    }
+    } | (_data(options, device) if options.what == "data" else _models(options, image_size, device))
     if options.output:
         from visformer.atomic import atomic_text
 
         atomic_text(options.output, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return document
+
+
+def _models(options: BenchOptions, image_size: int, device: torch.device) -> dict[str, Any]:
+    """The results of training or inference."""
+    import torch
+
+    from visformer.verbs.bench_timm import check_peer
+
+    models = options.models or []
+    for name in models:
+        check_peer(name, image_size)
+    torch.manual_seed(0)
+    cases = [(name, batch_size) for name in models for batch_size in options.batch_sizes]
+    return {"results": [_measure(*case, image_size, device, options) for case in cases]}
+
+
+def _data(options: BenchOptions, device: torch.device) -> dict[str, Any]:
+    """The results of loading, and what they depend on besides."""
+    from visformer.data import available_cores
+    from visformer.distributed import versions
+    from visformer.models import variant
+    from visformer.verbs import bench_data
+
+    for name in options.models or []:
+        variant(name)
+    options.workers = min(options.workers, available_cores())
+    return {
+        "workers": options.workers,
+        "auto_augment": options.auto_augment,
+        "data_dir": options.data_dir,
+        "versions": versions() | bench_data.versions(),
+        "results": bench_data.measure(options, device),
+    }
 
 
 def _circumstances(device: torch.device) -> dict[str, Any]:
@@ -155,7 +211,8 @@ def _measure(
     console.note(f"{title}: same logits as timm's (to {pair.difference:.0e}); timing {options.repeats} steps of each")
     config = bench_timm.training_config(name, batch_size, image_size, options.amp_level)
     contenders = bench_timm.contenders(pair, config, device, options.what)
-    timed = take_turns(contenders, device, warmup=options.warmup, repeats=options.repeats, title=title)
+    repeats, warmup = options.repeats or 0, options.warmup or 0  # never None: see BenchOptions
+    timed = take_turns(contenders, device, warmup=warmup, repeats=repeats, title=title)
     baseline = next(t for t in timed if t.contender.name == bench_timm.BASELINE)
     for t in timed:
         if not t.finite:

@@ -1,0 +1,335 @@
+"""`visformer bench --what data`: how fast images come from files, by our loader and by timm's, side by side.
+
+    visformer bench --what data --workers 2
+    visformer bench --what data --data_dir photos/train --models visformer_tiny,visformer_small
+
+All contenders read the same JPEGs with the same augmentation and as many worker processes, and take turns pass by pass
+in one process. Two stages are told apart. `loaded` is what the workers deliver: bytes of pixels; timm's have been mixed
+by then, because its workers do that (`timm, unmixed` leaves it out), ours are mixed on the device. `ready` is what a
+model is given: normalised, erased and mixed, on the device.
+
+Without `data_dir` the JPEGs are made on the spot: 500 x 375 pixels, quality 90, with the 1/f spectrum of photographs,
+which gives the size of ImageNet's files, about 84 kB.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from timm.data.dataset import ImageDataset
+from timm.data.loader import create_loader
+from timm.data.mixup import FastCollateMixup
+from torch import Tensor
+
+from visformer import console
+from visformer.config import TrainConfig
+from visformer.data import Batch, DeviceTransform, FolderSource, ImageSource, Subset, TrainLoader, make_train_loader
+from visformer.data.policies import parse_policy, pillow_posterize
+from visformer.errors import UsageError
+from visformer.models import create_model
+from visformer.verbs.bench_timing import Contender, summarize, take_turns
+from visformer.verbs.trainer import Trainer
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 90
+SPECTRUM = 1.27  # amplitudes fall with this power of the frequency: files of 84 kB
+NUM_CLASSES = 1000
+STEPS = 5  # of training, for a model's own rate; two more come before
+BASELINE = "timm"
+
+
+def measure(options: Any, device: torch.device) -> list[dict[str, Any]]:
+    """One result for each batch size: batch_size, images, `stages` and `models`.
+
+    A stage has a name and `contenders` as `bench_timing.summarize` describes them. A model has its name, images_per_s
+    of training, and `limit`: loader or model. Raises `UsageError` for a folder or policy that can't be used.
+    """
+    with _images(options) as source:
+        names = [source.name(index) for index in range(len(source))]
+        console.note(
+            f"{len(names)} JPEGs, {np.mean([Path(name).stat().st_size for name in names]) / 1000:.0f} kB on average; "
+            f"{options.workers} workers; {options.repeats} passes of each contender"
+        )
+        return [_measure(source, batch_size, options, device) for batch_size in options.batch_sizes]
+
+
+def versions() -> dict[str, str]:
+    """What decodes, beside what every benchmark names."""
+    import simplejpeg
+
+    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+
+
+def data_config(options: Any, batch_size: int) -> TrainConfig:
+    """The augmentation of the recipe visformer_tiny, with the options' policy and size."""
+    return TrainConfig(
+        image_resize=options.image_size,
+        batch_size=batch_size,
+        num_parallel_workers=options.workers,
+        interpolation="bicubic",
+        auto_augment=options.auto_augment,
+        re_prob=0.25,
+        mixup=0.8,
+        cutmix=1.0,
+        label_smoothing=0.1,
+        max_bad_images=0,
+    )
+
+
+def _measure(source: ImageSource, batch_size: int, options: Any, device: torch.device) -> dict[str, Any]:
+    config = data_config(options, batch_size)
+    batches = len(source) // batch_size
+    if not batches:
+        raise UsageError(
+            f"batch_sizes: {batch_size} is more than the {len(source)} images; lower it or raise num_images"
+        )
+    ours = make_train_loader(source, config)
+    theirs, unmixed = (timm_loader(source, config, device, mixed) for mixed in (True, False))
+    prepare = DeviceTransform(config, NUM_CLASSES)
+    stages = []
+    try:
+        for stage, contenders in {
+            "loaded": [
+                _contender("visformer", lambda: (batch.images for batch in _epoch(ours))),
+                _contender(BASELINE, lambda: (images for images, _ in theirs.loader)),
+                _contender("timm, unmixed", lambda: (images for images, _ in unmixed.loader)),
+            ],
+            "ready": [
+                _contender("visformer", lambda: (_ready(batch, prepare, device) for batch in _epoch(ours)), "float32"),
+                _contender(BASELINE, lambda: (images for images, _ in theirs), "float32"),
+            ],
+        }.items():
+            title = f"{stage}, batch {batch_size}"
+            timed = take_turns(contenders, device, warmup=options.warmup, repeats=options.repeats, title=title)
+            baseline = next(t for t in timed if t.contender.name == BASELINE)
+            records = [summarize(t, baseline, batches * batch_size) for t in timed]
+            stages.append({"stage": stage, "contenders": records})
+    finally:
+        ours.close()
+    rate = stages[-1]["contenders"][0]["images_per_s"]
+    models = [_compare(name, rate, batch_size, options, device) for name in options.models or []]
+    return {"batch_size": batch_size, "images": batches * batch_size, "stages": stages, "models": models}
+
+
+def _contender(name: str, batches: Callable[[], Iterator[Tensor]], precision: str = "uint8") -> Contender:
+    """A step is one pass over the images; what it returns is the first pixels of its last batch."""
+
+    def step() -> Tensor:
+        last = None
+        for images in batches():
+            last = images
+        assert last is not None
+        return last.flatten()[:16].float()
+
+    return Contender(name, precision, "channels_last" if name == "visformer" else "contiguous", step)
+
+
+_epochs = iter(range(1 << 30))
+
+
+def _epoch(loader: TrainLoader) -> Iterator[Batch]:
+    loader.set_epoch(next(_epochs))
+    return iter(loader)
+
+
+def _ready(batch: Batch, prepare: DeviceTransform, device: torch.device) -> Tensor:
+    images, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
+    return prepare(images, targets, seed=batch.indices[0])[0]
+
+
+# ---- timm's
+
+
+def timm_loader(source: ImageSource, config: TrainConfig, device: torch.device, mixed: bool) -> Any:
+    """timm's training loader on the same files, with the same settings in its own words; see `create_loader`.
+
+    `.loader` of it is the part that runs in workers. With `mixed`, they mix while they collate, as timm's recipes do.
+    """
+    dataset = _Files([(source.name(index), source.target(index)) for index in range(len(source))])
+    collate = FastCollateMixup(
+        config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=NUM_CLASSES
+    )
+    loader = create_loader(
+        dataset,
+        (config.in_channels, *config.image_size),
+        config.batch_size,
+        is_training=True,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter or 0.0,
+        auto_augment=_timms_policy(config.auto_augment),
+        interpolation=config.interpolation,
+        re_prob=config.re_prob,
+        re_mode="const",
+        num_workers=config.num_parallel_workers,
+        collate_fn=collate if mixed else None,
+        pin_memory=device.type == "cuda",
+        device=device,
+        persistent_workers=config.num_parallel_workers > 0,
+    )
+    for operation in _operations(dataset.transform):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = pillow_posterize  # timm's asks Pillow for 0 bits now and then, which it refuses
+    return loader
+
+
+def _operations(transform: Any) -> Iterator[Any]:
+    """The operations of timm's policy in a composed transform."""
+    for step in transform.transforms:
+        yield from getattr(step, "ops", ())
+        for chosen in getattr(step, "policy", ()):
+            yield from chosen
+
+
+class _Files(ImageDataset):
+    """timm's dataset of image files, on a list of (path, target) instead of a folder."""
+
+    def __init__(self, samples: list[tuple[str, int]]) -> None:
+        super().__init__("", reader=_Reader(samples))
+
+
+class _Reader:
+    """What timm's dataset asks of a reader: an open file and a target by index."""
+
+    def __init__(self, samples: list[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        return open(path, "rb"), target
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.samples[index][0]
+
+
+def _timms_policy(text: str | None) -> str | None:
+    """timm's spelling of a policy. Raises `UsageError` for one that timm lacks."""
+    if not text or text == "none":
+        return None
+    kind, name, parts = parse_policy(text)
+    if kind == "trivial" or parts.get("w") == "0":
+        raise UsageError(f"auto_augment: timm has no {text!r} to measure against; use autoaug, randaug-..., 3a or none")
+    return "-".join([name, *(key + value for key, value in parts.items())])
+
+
+# ---- images
+
+
+@contextmanager
+def _images(options: Any) -> Iterator[ImageSource]:
+    """The JPEGs to read: some of the user's, or new ones in a folder that is removed afterwards."""
+    if options.data_dir:
+        root = Path(options.data_dir)
+        found = FolderSource(root / "train" if (root / "train").is_dir() else root)
+        count = min(len(found), options.num_images)
+        yield Subset(found, np.sort(np.random.default_rng(0).permutation(len(found))[:count]))
+        return
+    with tempfile.TemporaryDirectory(prefix="visformer-bench-") as folder:
+        write_jpegs(Path(folder), options.num_images)
+        yield FolderSource(folder)
+
+
+def write_jpegs(folder: Path, count: int) -> None:
+    """Write `count` JPEGs like photographs into class folders below `folder`, the same ones each time."""
+    rng = np.random.default_rng(0)
+    planes = [_plane(rng) for _ in range(24)]
+    for number in range(count):
+        # A sum of two planes, moved around, has their spectrum and is another picture each time.
+        light, red, blue = (
+            (_moved(planes[a], rng) + _moved(planes[b], rng)) / np.sqrt(2)
+            for a, b in (rng.choice(len(planes), 2, replace=False) for _ in range(3))
+        )
+        light = 52 * light + 118
+        pixels = np.stack([light + 14 * red + 5 * blue, light - 6 * red + 2 * blue, light - 3 * red - 16 * blue], 2)
+        path = folder / f"class{number % 10}" / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
+
+
+def _plane(rng: np.random.Generator) -> np.ndarray:
+    """Noise of mean 0 and deviation 1 whose amplitudes fall as nature's do, float32 (H, W)."""
+    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
+    frequency[0, 0] = 1 / WIDTH
+    spectrum = rng.normal(size=frequency.shape) + 1j * rng.normal(size=frequency.shape)
+    plane = np.fft.irfft2(spectrum / frequency**SPECTRUM, s=(HEIGHT, WIDTH))
+    return ((plane - plane.mean()) / plane.std()).astype(np.float32)
+
+
+def _moved(plane: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.roll(plane[:: rng.choice([-1, 1])], rng.integers(WIDTH, size=2), axis=(0, 1))
+
+
+# ---- what limits
+
+
+def _compare(name: str, loaded: float, batch_size: int, options: Any, device: torch.device) -> dict[str, Any]:
+    rate = training_rate(name, batch_size, options, device)
+    return {"model": name, "images_per_s": rate, "limit": "loader" if loaded < rate else "model"}
+
+
+def training_rate(name: str, batch_size: int, options: Any, device: torch.device) -> float:
+    """Images a second of `visformer train`'s step on a batch that is there already, the median of `STEPS`."""
+    config = TrainConfig(
+        model=name, batch_size=batch_size, image_resize=options.image_size, amp_level=options.amp_level, opt="adamw"
+    )
+    model = create_model(name, num_classes=NUM_CLASSES, image_size=options.image_size).train()
+    trainer = Trainer(model, config, device, batches_per_epoch=1)
+    images = torch.zeros(batch_size, 3, *config.image_size, dtype=torch.uint8, device=device)
+    targets = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    batch = Batch(images.contiguous(memory_format=torch.channels_last), targets, [0] * batch_size)
+    seconds = []
+    for _ in range(2 + STEPS):
+        began = time.perf_counter()
+        trainer.train_batch(batch, 0)
+        trainer.loss_sum.item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return batch_size / float(np.median(seconds[2:]))
+
+
+def verdict(result: dict[str, Any], model: dict[str, Any], workers: int) -> str:
+    """A sentence that says which of the two limits training, and by how much."""
+    loader = result["stages"][-1]["contenders"][0]["images_per_s"]
+    rates = f"{model['model']} trains at {model['images_per_s']:,.0f} images/s, {workers} workers deliver {loader:,.0f}"
+    if model["limit"] == "model":
+        return f"{rates}: the model is the limit, the loader could feed {loader / model['images_per_s']:.1f} of it."
+    wanted = -(-model["images_per_s"] * workers // loader)
+    return f"{rates}: the loader is the limit; {wanted:,.0f} workers on as many cores would feed it."
+
+
+def print_tables(document: dict[str, Any]) -> None:
+    """Print what `measure` found."""
+    for result in document["results"]:
+        for stage in result["stages"]:
+            meaning = {"loaded": "pixels from the workers", "ready": "normalised, erased and mixed on the device"}
+            console.table(
+                f"{stage['stage']}: {meaning[stage['stage']]}; batch {result['batch_size']}, {document['workers']} "
+                f"workers, {document['image_size']}x{document['image_size']} pixels, {document['auto_augment']}",
+                ["contender", "images/s", "quartiles", "x timm", "quartiles"],
+                [
+                    [
+                        c["name"],
+                        f"{c['images_per_s']:,.0f}",
+                        "{:,.0f} to {:,.0f}".format(*c["images_per_s_quartiles"]),
+                        f"{c['ratio']:.2f}",
+                        "{:.2f} to {:.2f}".format(*c["ratio_quartiles"]),
+                    ]
+                    for c in stage["contenders"]
+                ],
+            )
+        for model in result["models"]:
+            print(verdict(result, model, document["workers"]))
+    print(
+        f"{document['device']}; {document['processor']}, {document['cores']} cores; timm {document['versions']['timm']}"
+    )
