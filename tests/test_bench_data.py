@@ -1,7 +1,9 @@
 """`visformer bench --what data`: the document, what is compared with what, and what is said of it."""
 
 import json
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -58,7 +60,8 @@ def test_json_is_one_document_with_both_stages_and_the_models_rate(capsys, tmp_p
         assert 0 < low <= contender["images_per_s"] <= high
         assert contender["finite"]
         assert 7.9 < contender["images_per_s"] * contender["seconds_per_step"] < 40  # 8 images, if all rounds are alike
-        assert contender["ratio"] == 1.0 or contender["name"] != "timm"
+        assert contender["name"] != "timm" or contender["ratio"] == contender["processor_ratio"] == 1.0
+        assert 0 < contender["processor_ms_per_image"] < 4 * 1000 * contender["seconds_per_step"] / 8
     [model] = result["models"]
     assert model["model"] == "visformer_tiny" and model["images_per_s"] > 0
     slower = ready["contenders"][0]["images_per_s"] < model["images_per_s"]
@@ -129,6 +132,28 @@ def test_both_give_the_same_distribution_of_colours(photos):
     assert mine.shape == timms.shape == (96, 3, 64, 64)
     assert torch.allclose(mine.mean((0, 2, 3)), timms.mean((0, 2, 3)), atol=0.15)
     assert torch.allclose(mine.std((0, 2, 3)), timms.std((0, 2, 3)), rtol=0.12)
+
+
+def test_the_time_of_processors_is_that_of_this_process_and_its_workers():
+    began = bench_data._processor_s()
+    child = multiprocessing.get_context("fork").Process(target=_work, args=(0.4,))
+    child.start()
+    _work(0.2)
+    time.sleep(0.8)
+    while (spent := bench_data._processor_s() - began) < 0.55 and child.is_alive():
+        time.sleep(0.05)
+    child.kill()
+    child.join()
+    assert 0.5 < spent < 1.0
+
+
+def _work(seconds: float) -> None:
+    while seconds > 0:
+        began = time.process_time()
+        sum(range(20_000))
+        seconds -= time.process_time() - began
+    if multiprocessing.parent_process() is not None:
+        time.sleep(10)
 
 
 def test_the_verdict_names_the_limit():

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from visformer.cli import main
 from visformer.config import TrainConfig
 from visformer.data import (
     ArraySource,
@@ -335,3 +336,22 @@ def test_repeats_stand_side_by_side():
     sampler = EpochSampler(9, seed=1, repeats=3)
     items = list(sampler)
     assert [item.copy for item in items] == [0, 1, 2] * 3 and len({item.index for item in items}) == 3
+
+
+def test_training_ends_with_one_line_when_too_many_images_are_bad(tmp_path, capsys):
+    for index in range(24):
+        folder = tmp_path / "data" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{index:02}.jpg"
+        Image.fromarray(np.full((40, 50, 3), index * 10, np.uint8)).save(path)
+        if index % 4 == 3:
+            path.write_bytes(path.read_bytes()[:200])  # cut short
+    words = [
+        "train", "--data_dir", str(tmp_path / "data"), "--ckpt_save_dir", str(tmp_path / "run"), "--image_resize", "32",
+        "--batch_size", "8", "--epoch_size", "1", "--num_parallel_workers", "1", "--val_while_train", "False",
+        "--device_target", "cpu",
+    ]  # fmt: skip
+    assert main([*words, "--max_bad_images", "2"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "training images could not be read, more than the 2 that max_bad_images allows" in last and ".jpg" in last
+    assert main(words) == 0

@@ -14,6 +14,8 @@ which gives the size of ImageNet's files, about 84 kB.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +38,7 @@ from visformer.data import Batch, DeviceTransform, FolderSource, ImageSource, Su
 from visformer.data.policies import parse_policy, pillow_posterize
 from visformer.errors import UsageError
 from visformer.models import create_model
-from visformer.verbs.bench_timing import Contender, summarize, take_turns
+from visformer.verbs.bench_timing import Contender, Timed, summarize, take_turns
 from visformer.verbs.trainer import Trainer
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
@@ -110,7 +112,7 @@ def _measure(source: ImageSource, batch_size: int, options: Any, device: torch.d
             title = f"{stage}, batch {batch_size}"
             timed = take_turns(contenders, device, warmup=options.warmup, repeats=options.repeats, title=title)
             baseline = next(t for t in timed if t.contender.name == BASELINE)
-            records = [summarize(t, baseline, batches * batch_size) for t in timed]
+            records = [_record(t, baseline, batches * batch_size, options.warmup) for t in timed]
             stages.append({"stage": stage, "contenders": records})
     finally:
         ours.close()
@@ -119,17 +121,48 @@ def _measure(source: ImageSource, batch_size: int, options: Any, device: torch.d
     return {"batch_size": batch_size, "images": batches * batch_size, "stages": stages, "models": models}
 
 
-def _contender(name: str, batches: Callable[[], Iterator[Tensor]], precision: str = "uint8") -> Contender:
-    """A step is one pass over the images; what it returns is the first pixels of its last batch."""
+class _Pass:
+    """A contender's step: one pass over the images. It returns the first pixels of the last batch, and keeps how many
+    seconds of processors each pass took, of this process and the workers."""
 
-    def step() -> Tensor:
-        last = None
-        for images in batches():
+    def __init__(self, batches: Callable[[], Iterator[Tensor]]) -> None:
+        self.batches = batches
+        self.processor_s: list[float] = []
+
+    def __call__(self) -> Tensor:
+        began = _processor_s()
+        last = torch.zeros(1)
+        for images in self.batches():  # dropped one by one, as training does
             last = images
-        assert last is not None
+        self.processor_s.append(_processor_s() - began)
         return last.flatten()[:16].float()
 
-    return Contender(name, precision, "channels_last" if name == "visformer" else "contiguous", step)
+
+def _contender(name: str, batches: Callable[[], Iterator[Tensor]], precision: str = "uint8") -> Contender:
+    return Contender(name, precision, "channels_last" if name == "visformer" else "contiguous", _Pass(batches))
+
+
+def _record(timed: Timed, baseline: Timed, images: int, warmup: int) -> dict[str, Any]:
+    """A contender's record, with the processors' time, which other work on the machine disturbs less than the clock's:
+    milliseconds an image, and the baseline's over it; None where it can't be told."""
+    own, base = (np.median(t.contender.step.processor_s[warmup:]) for t in (timed, baseline))  # type: ignore
+    known = bool(np.isfinite(own) and own > 0)
+    return summarize(timed, baseline, images) | {
+        "processor_ms_per_image": float(own) / images * 1000 if known else None,
+        "processor_ratio": float(base / own) if known else None,
+    }
+
+
+def _processor_s() -> float:
+    """Seconds of processors that this process and its children have used; NaN where there is no /proc."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        try:
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return float("nan")
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system, in ticks
+    return total
 
 
 _epochs = iter(range(1 << 30))
@@ -316,7 +349,7 @@ def print_tables(document: dict[str, Any]) -> None:
             console.table(
                 f"{stage['stage']}: {meaning[stage['stage']]}; batch {result['batch_size']}, {document['workers']} "
                 f"workers, {document['image_size']}x{document['image_size']} pixels, {document['auto_augment']}",
-                ["contender", "images/s", "quartiles", "x timm", "quartiles"],
+                ["contender", "images/s", "quartiles", "x timm", "quartiles", "CPU ms/image", "x timm"],
                 [
                     [
                         c["name"],
@@ -324,6 +357,10 @@ def print_tables(document: dict[str, Any]) -> None:
                         "{:,.0f} to {:,.0f}".format(*c["images_per_s_quartiles"]),
                         f"{c['ratio']:.2f}",
                         "{:.2f} to {:.2f}".format(*c["ratio_quartiles"]),
+                        *(
+                            "-" if c[key] is None else f"{c[key]:.2f}"
+                            for key in ("processor_ms_per_image", "processor_ratio")
+                        ),
                     ]
                     for c in stage["contenders"]
                 ],
