@@ -176,3 +176,20 @@ def test_mixing_with_the_reversed_batch(count):
     expected = torch.lerp(images.flip(0), images, 0.3)
     mix_reversed(images, 0.3)
     assert torch.allclose(images, expected, atol=1e-6)
+
+
+def test_a_batch_that_is_held_keeps_its_pixels_and_one_that_is_dropped_lends_its_memory():
+    prepare = DeviceTransform(TrainConfig(image_resize=32), 5)
+    batches = [torch.full((2, 3, 32, 32), level, dtype=torch.uint8) for level in range(8)]
+    held = [prepare(images, torch.arange(2), seed=0)[0][1:, :, 4:] for images in batches]  # views
+    expected = Preprocessing((32, 32))
+    for view, images in zip(held, batches, strict=True):
+        assert torch.equal(view, expected.normalize(images)[1:, :, 4:])
+    assert len({view.data_ptr() for view in held}) == 8
+    places = {prepare(images, torch.arange(2), seed=0)[0].data_ptr() for images in batches}
+    assert len(places) <= 2
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    first = (prepare(batches[1], torch.arange(2), seed=0)[0] * weight).sum()  # autograd keeps the images
+    prepare(batches[7], torch.arange(2), seed=0)
+    first.backward()
+    assert torch.allclose(weight.grad[:, 0, 0], expected.normalize(batches[1]).sum((0, 2, 3)), rtol=1e-5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +44,7 @@ class DeviceTransform:
         self.cutmix = config.cutmix
         self.mix_prob = config.cutmix_prob
         self.soft = bool(config.mixup or config.cutmix)
+        self._memory = _Memory()
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = self._normalize(images)
@@ -66,7 +68,7 @@ class DeviceTransform:
             torch.tensor(values).repeat(width).to(images.device, non_blocking=True)  # (W * C,)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        normalized = _empty(rows.shape, images.device).copy_(rows).sub_(mean).div_(std)
+        normalized = self._memory.empty(rows.shape, images.device).copy_(rows).sub_(mean).div_(std)
         return normalized.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _mix(
@@ -88,12 +90,36 @@ class DeviceTransform:
         return images, torch.lerp(rows.flip(0), rows, share)
 
 
-def _empty(shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """Uninitialised float32. On a CPU from NumPy, which has the kernel use large pages for it: a batch is all fresh
-    memory, and in pages of 4 kB that takes as long as the arithmetic."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(shape, device=device)
+class _Memory:
+    """Float batches on a CPU, in memory that is used again once the last tensor on it is gone.
+
+    A batch is tens of megabytes; from the allocator it would be fresh pages each time, and the kernel takes longer to
+    hand out those than it takes to normalise the images.
+    """
+
+    _KEPT = 2  # free blocks
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def empty(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """Uninitialised float32."""
+        if device.type != "cpu":
+            return torch.empty(shape, device=device)
+        size = shape.numel()
+        block = next((block for block in self._free if len(block) == size), None)
+        if block is None:
+            self._free.clear()  # of another size
+            block = np.empty(size, np.float32)
+        else:
+            self._free = [other for other in self._free if other is not block]
+        view = block.reshape(shape)  # torch keeps this array as long as any tensor shows its memory
+        weakref.finalize(view, self._take_back, block).atexit = False
+        return torch.from_numpy(view)
+
+    def _take_back(self, block: np.ndarray) -> None:
+        if len(self._free) < self._KEPT:
+            self._free.append(block)
 
 
 def mix_reversed(images: torch.Tensor, share: float) -> None:
