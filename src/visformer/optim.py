@@ -75,7 +75,7 @@ def _spared(model: nn.Module, weight_decay_filter: str) -> set[str]:
     norms = {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, (_BatchNorm, ChannelNorm))
+        if isinstance(module, (_BatchNorm, ChannelNorm, nn.LayerNorm))
         for name, _ in module.named_parameters()
     }
     if weight_decay_filter == "auto":
