@@ -2,12 +2,12 @@
 
     python benchmarks/compare_fashion.py --data_dir /usr/share/datasets/fashion-mnist --output fashion.json
 
-The recipe is visformer_tiny_v2_fashion_mnist's with fewer epochs and a lower lr; every network has the same batches in
-the same order, the same augmentation, optimizer, schedule, stochastic depth and moving average. All are made for 224
-pixels; here they take 32. DeiT-tiny comes twice: with its own patches of 16 pixels, which leaves it 4 tokens, and with
-patches of 8, which gives it 16 tokens and about four times the multiplications of the others. The figure is the accuracy
-of the averaged weights after the last epoch, so nothing is chosen on the test set. A network that `--output` already
-has a result for is not trained again.
+The recipe is visformer_tiny_v2_fashion_mnist's with fewer epochs and a lower lr; every network has the same batches
+in the same order, the same augmentation, optimizer, schedule, stochastic depth and moving average. All are made for
+224 pixels; here they take 32. DeiT-tiny comes twice: with its own patches of 16 pixels, which leaves it 4 tokens, and
+with patches of 8, which gives it 16 tokens and about four times the multiplications of the others. The figure is the
+accuracy of the averaged weights after the last epoch, so nothing is chosen on the test set. A network that `--output`
+already has a result for is not trained again.
 """
 
 from __future__ import annotations
