@@ -256,7 +256,7 @@ def test_a_training_flag_elsewhere_says_where_it_belongs():
         ),
         (["--dta_dir", "x"], "--dta_dir: no such option of visformer train; did you mean --data_dir"),
         (["--dta-dir=x"], "--dta-dir: no such option of visformer train; did you mean --data_dir"),
-        (["--quite_other"], "--quite_other: no such option of visformer train; see visformer train --help"),
+        (["--xylophone_q"], "--xylophone_q: no such option of visformer train; see visformer train --help"),
         (["-x"], "-x: no such option of visformer train; see visformer train --help"),
         (["--data_dir"], r"--data_dir: needs a value \(text\)"),
         (["--lr", "--ema"], r"--lr: needs a value \(a number\)"),

@@ -71,7 +71,9 @@ class TrainConfig:
         group="Dataset",
     )
     data_dir: str = option(
-        "./", "folder with train/ and val/ of class folders, or class folders alone (split on the spot)"
+        "./",
+        "folder with train/ and val/ of class folders, or class folders alone (split on the spot); or what `visformer "
+        "pack` wrote, also by its address, such as s3://bucket/set",
     )
     train_split: str = option("train", "name of the training split or folder")
     val_split: str = option("val", "name of the validation split or folder")
@@ -80,6 +82,9 @@ class TrainConfig:
         False, "fetch the dataset if it is not there (cifar10, cifar100, mnist, fashion_mnist)"
     )
     num_parallel_workers: int = option(8, "processes that decode and augment; at most the cores there are; 0: none")
+    decode: Literal["workers", "device"] = option(
+        "workers", "who decodes and augments: the workers, or the device (CUDA: nvJPEG), for which they only read"
+    )
     data_timeout_s: float = option(
         120.0, "seconds that a worker may spend on one image before another worker takes its place; 0: no limit"
     )
@@ -145,6 +150,16 @@ class TrainConfig:
         group="Checkpoints",
     )
     ckpt_path: str = option("", "as pretrained, as MindCV names it; with resume_opt, the run's checkpoint to continue")
+    fine_tune: Literal["auto", "off"] = option(
+        "auto",
+        "auto: with weights to start from, options that are not given take the weights' own model and preprocessing, "
+        "and a recipe for as many images as there are; off: the defaults of this help",
+    )
+    freeze: Literal["none", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"] = option(
+        "none",
+        "weights and statistics that stay as they are: from the input up to this part; backbone: all but the head",
+    )
+    freeze_epochs: int | None = option(None, "epochs after which what freeze names learns too; None: never")
     resume_opt: bool = option(False, "continue the run of ckpt_path exactly: optimizer, schedule, position in the data")
     resume: Literal["", "auto"] = option("", "auto: continue the run in ckpt_save_dir if there is one, else begin")
     keep_checkpoint_max: int = option(10, "checkpoints kept beside last and best")
@@ -162,6 +177,9 @@ class TrainConfig:
     clip_value: float = option(15.0, "the norm to clip to")
     layer_decay: float | None = option(
         None, "lr of each layer is multiplied by this to the power of its depth from the end"
+    )
+    early_stop_epochs: int | None = option(
+        None, "end after this many epochs with neither a better top-1 nor a lower validation loss; None: never"
     )
     max_bad_steps: int = option(10, "steps in a row without a finite loss or gradient, all skipped, that end the run")
     gradient_accumulation_steps: int = option(1, "batches summed up for one optimizer step")
@@ -204,6 +222,23 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "share of the target spread over all classes")
     aux_factor: float = option(0.0, "weight of auxiliary heads")
     reduction: Literal["mean", "sum"] = option("mean", "how the losses of a batch become one")
+    class_weights: Literal["none", "balanced"] = option(
+        "none", "balanced: a class counts as much as another in the training loss, however many images it has"
+    )
+
+    teacher: str = option(
+        "",
+        "model to learn from beside the labels: a checkpoint, as pretrained takes, or timm:NAME; empty: none",
+        group="Distillation",
+    )
+    teacher_ckpt_path: str = option(
+        "", "with timm:NAME, a file of its weights, .safetensors or .pth; empty: those that timm publishes"
+    )
+    distillation_type: Literal["hard", "soft"] = option(
+        "hard", "learn the teacher's first class (hard) or its probabilities (soft)"
+    )
+    distillation_alpha: float = option(0.5, "share of the teacher in the loss; the labels have the rest")
+    distillation_tau: float = option(1.0, "temperature of the probabilities in soft distillation")
 
     amp_level: Literal["O0", "O1", "O2", "O3"] = option(
         "O0",
@@ -224,7 +259,14 @@ class TrainConfig:
     eval_shuffle: bool = option(False, "shuffle the validation set")
 
     def __post_init__(self) -> None:
+        self.given: frozenset[str] | None = None  # what was set by file, flag or keyword; None: not known
         check(self)
+
+    def change(self, **values: Any) -> TrainConfig:
+        """A copy with other values, which remembers what was given."""
+        changed = dataclasses.replace(self, **values)
+        changed.given = self.given
+        return changed
 
     def without_effect(self) -> dict[str, str]:
         """Names of options that were given a value other than their default and do nothing here, with the reason."""
@@ -257,7 +299,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     ),
     **dict.fromkeys(("keep_checkpoint_max", "ckpt_save_interval", "re_max_attempts", "num_classes"), (1, None)),
     **dict.fromkeys(("num_devices", "recipe_batch_size", "recipe_devices", "max_bad_steps"), (1, None)),
-    "ckpt_save_steps": (1, None),
+    **dict.fromkeys(("ckpt_save_steps", "freeze_epochs", "early_stop_epochs"), (1, None)),
+    "distillation_alpha": (0, 1),
+    "distillation_tau": (1e-3, None),
     **dict.fromkeys(
         ("num_parallel_workers", "warmup_epochs", "decay_epochs", "weight_decay", "lr", "min_lr", "mixup", "cutmix"),
         (0, None),
@@ -298,5 +342,19 @@ def check(config: TrainConfig) -> None:
             raise UsageError(f"{name}: [{low}, {high}] must be two rising numbers above 0")
     if config.ckpt_save_policy == "top_k" and config.val_while_train is False:
         raise UsageError("ckpt_save_policy: top_k needs val_while_train, which is off")
+    _check_combinations(config)
+
+
+def _check_combinations(config: TrainConfig) -> None:
     if config.resume_opt and not config.ckpt_path:
         raise UsageError("resume_opt: give the checkpoint to continue with --ckpt_path RUN/last.safetensors")
+    if config.freeze_epochs and config.freeze == "none":
+        raise UsageError("freeze_epochs: nothing is frozen; say what with --freeze, such as backbone")
+    if config.early_stop_epochs and config.val_while_train is False:
+        raise UsageError("early_stop_epochs: needs val_while_train, which is off")
+    if config.aug_splits and (config.teacher or config.class_weights != "none"):
+        raise UsageError("aug_splits: 3 goes with neither teacher nor class_weights; set it to 0")
+    if config.teacher_ckpt_path and not config.teacher.startswith("timm:"):
+        raise UsageError(
+            "teacher_ckpt_path: goes with --teacher timm:NAME; another checkpoint is named by --teacher itself"
+        )

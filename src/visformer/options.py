@@ -12,7 +12,7 @@ import functools
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,11 +58,12 @@ def from_keywords(cls: type[T], keywords: Mapping[str, Any], *, config: str | os
     return _build(cls, {**_read_config(cls, None if config is None else os.fspath(config)), **given})
 
 
-def to_yaml(options: Any) -> str:
-    """Every option with its value, in sections, as YAML that reads back to equal options."""
+def to_yaml(options: Any, names: Collection[str] | None = None) -> str:
+    """Every option with its value, or those of `names`, in sections, as YAML that reads back to equal options."""
     sections = []
     for title, fields in fields_by_group(type(options)).items():
-        lines = [_yaml_line(field.name, getattr(options, field.name)) for field in fields]
+        kept = [field.name for field in fields if names is None or field.name in names]
+        lines = [_yaml_line(name, getattr(options, name)) for name in kept]
         sections.append(f"# {title.lower()}\n{''.join(lines)}")
     return "\n".join(sections)
 
@@ -245,10 +246,13 @@ def _build(cls: type[T], given: Mapping[str, Given]) -> T:
         except ValueError:
             raise UsageError(_wrong_value(name, entry, hints[name])) from None
     try:
-        return cls(**values)
+        options = cls(**values)
     except UsageError as error:
         name = str(error).partition(":")[0]
         raise UsageError(f"{error}{given[name].at() if name in given else ''}") from None
+    if isinstance(options, TrainConfig):
+        options.given = frozenset(values)
+    return options
 
 
 def _wrong_value(name: str, entry: Given, hint: Any) -> str:

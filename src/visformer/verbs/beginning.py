@@ -2,13 +2,79 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from visformer.checkpoint import Checkpoint
+import torch
+
+from visformer import console
+from visformer.checkpoint import Checkpoint, match_head, read_checkpoint
 from visformer.config import TrainConfig
 from visformer.data import Data
+from visformer.distributed import describe
 from visformer.errors import UsageError
+from visformer.losses import balanced_weights
 from visformer.models import Visformer, change, variant
+from visformer.pretrained import load_checkpoint, published_weights
+from visformer.run_folder import RunFolder
+
+
+def first_checkpoint(config: TrainConfig, folder: RunFolder, state: dict[str, Any] | None) -> Checkpoint | None:
+    """What the model's architecture is taken from: the run that is resumed, or the weights to fine-tune."""
+    if state is not None:
+        last = Path(config.ckpt_path) if config.resume_opt and not folder.last.exists() else folder.last
+        return read_checkpoint(last) if last.exists() else None
+    source = _source(config)
+    return load_checkpoint(source) if source else None
+
+
+def _source(config: TrainConfig) -> str:
+    """Where the weights to fine-tune are; empty: training begins from none."""
+    source = config.ckpt_path or config.pretrained
+    return published_weights(config.model) if source is True else str(source or "")
+
+
+def start_from(model: Visformer, checkpoint: Checkpoint, config: TrainConfig, class_names: list[str]) -> None:
+    """Give `model` the weights of `checkpoint`, and say which classes of its head they know."""
+    source = _source(config)
+    try:
+        kept, new = match_head(model, checkpoint, class_names)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}; name the model it holds with --model") from error
+    console.note(
+        f"fine-tuning from {source} ({checkpoint.model_name}): head rows kept for {count(kept)}, new for {count(new)}"
+    )
+
+
+def class_weights(data: Data, config: TrainConfig, class_names: list[str]) -> torch.Tensor | None:
+    """The weight of each class in the training loss, (K,), or None; says which weigh the least and the most."""
+    if config.class_weights == "none":
+        return None
+    train = data.train
+    targets = torch.tensor([train.target(index) for index in range(len(train))], dtype=torch.int64)
+    counts = torch.bincount(targets, minlength=len(class_names))
+    weights = balanced_weights(counts)
+    ends = [int(end) for end in (weights.argmin(), weights.argmax())]
+    least, most = (f"{class_names[i]} ({counts[i]:,} images) {weights[i]:.2f}" for i in ends)
+    console.note(f"class weights: from {least} to {most}")
+    return weights
+
+
+def announce(
+    model: Visformer, config: TrainConfig, data: Data, device: torch.device, batches: int, *, validates: bool
+) -> None:
+    """Say what is trained, where, and on how much."""
+    held_out = f", {len(data.val):,} to validate on" if data.val is not None and validates else ""
+    precision = config.amp_level if config.amp_level == "O0" else f"{config.amp_level} {config.amp_dtype}"
+    console.note(
+        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{model.num_classes} classes, {config.image_size[0]}x{config.image_size[1]} pixels, "
+        f"on {describe(device)}, {precision}"
+    )
+    console.note(
+        f"{len(data.train):,} images to train on{held_out}; {config.epoch_size} epochs of "
+        f"{batches:,} batches of {config.batch_size}; writing to {config.ckpt_save_dir}"
+    )
 
 
 def build_model(config: TrainConfig, num_classes: int, checkpoint: Checkpoint | None) -> Visformer:

@@ -24,6 +24,7 @@ _FIXED = {
     "aug_repeats",
     "seed",
     "amp_dtype",
+    "freeze",
 }
 _FREE = {
     "resume",
@@ -31,6 +32,7 @@ _FREE = {
     "ckpt_path",
     "ckpt_save_dir",
     "pretrained",
+    "fine_tune",
     "num_parallel_workers",
     "log_interval",
     "num_devices",

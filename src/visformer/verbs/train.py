@@ -19,7 +19,7 @@ import torch
 from visformer import console
 from visformer.atomic import atomic_text
 from visformer.background import Background
-from visformer.checkpoint import Checkpoint, load_state, match_head, read_checkpoint, snapshot
+from visformer.checkpoint import Checkpoint, load_state, snapshot
 from visformer.config import TrainConfig
 from visformer.data import (
     Preprocessing,
@@ -32,15 +32,17 @@ from visformer.distributed import autocast, describe, select_device, versions
 from visformer.errors import Interrupted, RunError, UsageError
 from visformer.metrics import Metrics
 from visformer.options import to_yaml
-from visformer.pretrained import load_checkpoint, published_weights
 from visformer.processes import Place, add_up, anywhere, joined, on_first, share_buffers
 from visformer.run_folder import RunFolder
-from visformer.verbs.beginning import build_model, count, name_classes
+from visformer.verbs.beginning import announce, build_model, class_weights, first_checkpoint, name_classes, start_from
 from visformer.verbs.evaluation import evaluate
+from visformer.verbs.fine_tuning import adopt, choose
 from visformer.verbs.launch import devices_to_start, hand_back, is_helper, restarted, scaled, start_processes
+from visformer.verbs.patience import Patience
 from visformer.verbs.progress import Progress
 from visformer.verbs.resuming import compare_options
 from visformer.verbs.signals import StopRequest
+from visformer.verbs.teacher import load_teacher
 from visformer.verbs.trainer import Trainer
 
 ASK_STEPS = 10  # optimizer steps after which several processes ask one another whether to stop
@@ -99,21 +101,32 @@ class Fit:
         self.device = device
         self.here = here
         state = on_first(self._resumed_state)
+        checkpoint = on_first(partial(first_checkpoint, config, folder, state))
+        config = adopt(config, checkpoint)
         self.data = open_data(config, on_first(folder.recorded_split))
+        self.config = config = choose(config, len(self.data.train), here.size, device.type == "cuda", state)
         self.class_names = name_classes(self.data, config, state)
         torch.manual_seed(config.seed)
-        checkpoint = on_first(partial(self._first_checkpoint, state))
         self.model = build_model(config, len(self.class_names), checkpoint)
         self.preprocessing = Preprocessing.from_config(config)
         if state is None and checkpoint is not None:
-            self._start_from(checkpoint)
+            start_from(self.model, checkpoint, config, self.class_names)
         pinned = self.device.type == "cuda"
         self.loader = make_train_loader(
-            self.data.train, config, rank=here.rank, world_size=here.size, pin_memory=pinned
+            self.data.train, config, rank=here.rank, world_size=here.size, pin_memory=pinned, device=device
         )
-        self.trainer = Trainer(self.model, scaled(config, here.size), self.device, len(self.loader), here)
+        self.trainer = Trainer(
+            self.model,
+            scaled(config, here.size),
+            self.device,
+            len(self.loader),
+            here,
+            class_weights=class_weights(self.data, config, self.class_names),
+            distill=load_teacher(config, self.class_names, device),
+        )
         self.epoch, self.batch, self.best_top1, self.skipped = 0, 0, None, {}
         self.bad_steps = 0
+        self.patience = Patience(config.early_stop_epochs)
         self.saving = Background("training goes on, and saves again at the next chance")
         if state is not None:
             self._restore(state)
@@ -139,29 +152,6 @@ class Fit:
             state = load_state(source.state) | {"best_top1": None, "kept": []}  # those files stay where they are
         return state
 
-    def _first_checkpoint(self, state: dict[str, Any] | None) -> Checkpoint | None:
-        """What the model's architecture is taken from: the run that is resumed, or the weights to fine-tune."""
-        config = self.config
-        if state is not None:
-            last = Path(config.ckpt_path) if config.resume_opt and not self.folder.last.exists() else self.folder.last
-            return read_checkpoint(last) if last.exists() else None
-        source = config.ckpt_path or config.pretrained
-        if not source:
-            return None
-        return load_checkpoint(published_weights(config.model) if source is True else str(source))
-
-    def _start_from(self, checkpoint: Checkpoint) -> None:
-        source = self.config.ckpt_path or self.config.pretrained
-        source = published_weights(self.config.model) if source is True else source
-        try:
-            kept, new = match_head(self.model, checkpoint, self.class_names)
-        except UsageError as error:
-            raise UsageError(f"{source}: {error}; name the model it holds with --model") from error
-        console.note(
-            f"fine-tuning from {source} ({checkpoint.model_name}): "
-            f"head rows kept for {count(kept)}, new for {count(new)}"
-        )
-
     def _restore(self, state: dict[str, Any]) -> None:
         compare_options(state["config"], to_yaml(self.config))
         if state["batches_per_epoch"] != len(self.loader):
@@ -173,6 +163,7 @@ class Fit:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.best_top1, self.folder.kept = state["best_top1"], state["kept"]
         self.skipped = dict(state["skipped"])
+        self.patience = Patience(self.config.early_stop_epochs, *state.get("patience", ()))
         self.folder.rewind(self.trainer.step)
         console.note(f"resuming {self.folder.path} at epoch {self.epoch + 1}, batch {self.batch + 1}")
 
@@ -198,11 +189,16 @@ class Fit:
         if self.here.is_first:
             atomic_text(self.folder.path / "config.yaml", to_yaml(config))
             self.folder.write_split(self.data.split)
-        self._announce()
+        announce(self.model, config, self.data, self.device, len(self.loader), validates=self.val_loader is not None)
         metrics = None
         try:
             with StopRequest() as stop:
                 for epoch in range(self.epoch, config.epoch_size):
+                    if self.patience.is_over:
+                        console.note(
+                            f"ending after epoch {epoch}: {self.patience.epochs} epochs without a better result"
+                        )
+                        break
                     self._train_epoch(epoch, stop)
                     metrics = self._end_epoch(epoch)
                     if anywhere(stop.requested) and epoch + 1 < config.epoch_size:
@@ -233,7 +229,7 @@ class Fit:
     def _train_epoch(self, epoch: int, stop: StopRequest) -> None:
         """The batches of one epoch that are still to be done."""
         self.epoch = epoch
-        self.model.train()
+        self.trainer.begin_epoch(epoch)
         self.loader.set_epoch(epoch, self.batch)
         self.progress.begin_epoch(epoch, self.batch)
         for batch in self.progress.batches(self.loader):
@@ -277,6 +273,7 @@ class Fit:
         self.progress.end_epoch(epoch, train_loss, metrics)
         trainer.loss_sum.zero_()
         self.epoch, self.batch = epoch + 1, 0
+        self.patience.count(metrics, config.val_interval)
         best = metrics is not None and (self.best_top1 is None or metrics.top1 > self.best_top1)
         if best and metrics is not None:
             self.best_top1 = metrics.top1
@@ -346,6 +343,7 @@ class Fit:
             "batch": self.batch,
             "best_top1": self.best_top1,
             "skipped": self.skipped,
+            "patience": (self.patience.top1, self.patience.loss, self.patience.epochs),
         }
 
     def _interrupted(self, stop: StopRequest) -> None:
@@ -382,17 +380,3 @@ class Fit:
             if name not in self.skipped:
                 self.skipped[name] = reason
                 console.warn(f"skipping {name}: {reason}")
-
-    def _announce(self) -> None:
-        config, data = self.config, self.data
-        held_out = f", {len(data.val):,} to validate on" if data.val is not None and self.val_loader else ""
-        precision = config.amp_level if config.amp_level == "O0" else f"{config.amp_level} {config.amp_dtype}"
-        console.note(
-            f"{config.model}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, "
-            f"{len(self.class_names)} classes, {config.image_size[0]}x{config.image_size[1]} pixels, "
-            f"on {describe(self.device)}, {precision}"
-        )
-        console.note(
-            f"{len(data.train):,} images to train on{held_out}; {config.epoch_size} epochs of "
-            f"{len(self.loader):,} batches of {config.batch_size}; writing to {self.folder.path}"
-        )

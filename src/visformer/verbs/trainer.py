@@ -8,6 +8,7 @@ number, so the state that a resume needs is the weights, the optimizer's moments
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from visformer.optim import build_optimizer, set_learning_rate
 from visformer.processes import Place, several
 from visformer.schedule import learning_rates
 from visformer.sync_norm import synchronize
+from visformer.verbs.freezing import frozen_parts, set_frozen
 
 ALONE = Place()
 _MODEL_STREAM, _MIX_STREAM = 1, 2  # keep the random numbers of the model and of mixing apart
@@ -35,11 +37,20 @@ _MODEL_STREAM, _MIX_STREAM = 1, 2  # keep the random numbers of the model and of
 class Trainer:
     """A model in training on `device`, in this process and those that train with it.
 
-    `step` counts optimizer steps since the run began; `steps_per_epoch` is how many an epoch has.
+    `step` counts optimizer steps since the run began; `steps_per_epoch` is how many an epoch has. `class_weights` (K,)
+    go into the loss; `distill` turns the labels' loss, the logits and the images into the whole loss (see teacher.py).
     """
 
     def __init__(
-        self, model: Visformer, config: TrainConfig, device: torch.device, batches_per_epoch: int, here: Place = ALONE
+        self,
+        model: Visformer,
+        config: TrainConfig,
+        device: torch.device,
+        batches_per_epoch: int,
+        here: Place = ALONE,
+        *,
+        class_weights: Tensor | None = None,
+        distill: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ):
         self.config = config
         self.here = here
@@ -51,12 +62,13 @@ class Trainer:
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         if config.sync_bn and several():
             synchronize(self.model, device)
-        self.parallel = self._parallel() if several() else None
-        forward: nn.Module = self.parallel or self.model
-        self.forward = torch.compile(forward) if config.compile else forward
+        self._build_forward()
         self.optimizer = build_optimizer(self.model, config, device)
         self.learning_rate = learning_rates(config, self.steps_per_epoch)
-        self.loss = build_loss(config)
+        self.loss = build_loss(config, None if class_weights is None else class_weights.to(device))
+        self.distill = distill or _labels_alone
+        self.parts = frozen_parts(model, config.freeze)
+        self.frozen = False
         self.prepare = DeviceTransform(config, model.num_classes)
         self.precision = partial(autocast, device, config.amp_level, config.amp_dtype)
         self.scaler = _grad_scaler(config, device)
@@ -69,6 +81,22 @@ class Trainer:
         self._norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = self._copy_statistics()
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the model to training, with the parts frozen that are in epoch `epoch`."""
+        self.model.train()
+        frozen = bool(self.parts) and (self.config.freeze_epochs is None or epoch < self.config.freeze_epochs)
+        set_frozen(self.parts, frozen)
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self._build_forward()
+
+    def _build_forward(self) -> None:
+        """What the images go through: the model, wrapped for several processes and compiled if that is asked for."""
+        self.parallel, self.forward = None, self.model  # let go of the old one: two would wait for the same gradients
+        self.parallel = self._parallel() if several() else None
+        forward: nn.Module = self.parallel or self.model
+        self.forward = torch.compile(forward) if self.config.compile else forward
+
     def train_batch(self, batch: Batch, index: int) -> None:
         """Learn from one batch, number `index` of its epoch; the optimizer steps when the accumulation is full."""
         config, last = self.config, min((index // self.accumulation + 1) * self.accumulation, self.batches_per_epoch)
@@ -80,7 +108,8 @@ class Trainer:
         images, targets = self.prepare(images, targets, seed=mix_seed(config.seed, _MIX_STREAM, self.step, number))
         with self._exchange(index + 1 == last):
             with self.precision():
-                loss = self.loss(self.forward(images), targets)
+                logits = self.forward(images)
+                loss = self.distill(self.loss(logits, targets), logits, images)
             self.scaler.scale(loss / group).backward()
         self.loss_sum += torch.nan_to_num(loss.detach(), posinf=0.0, neginf=0.0)
         if index + 1 == last:
@@ -189,6 +218,11 @@ class Trainer:
         self.loss_sum = state["loss_sum"].to(self.device)
         self.bad_steps = state.get("bad_steps", self.bad_steps).to(self.device)
         self._statistics = self._copy_statistics()
+
+
+def _labels_alone(loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
+    """A distillation without a teacher."""
+    return loss
 
 
 def _grad_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
