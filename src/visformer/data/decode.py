@@ -127,19 +127,30 @@ class Encoded:
 
     def __init__(self, data: bytes, channels: int = 3) -> None:
         self.channels = channels
-        self._data = data
+        self.data = data
         self._upright: Image.Transpose | None = None
         self._image: Image.Image | None = None
-        size = _plain_jpeg(data, channels)
-        if size is None:
+        header = _plain_jpeg(data, channels)
+        if header is None:
             self._image = open_image(data, channels)
             self.width, self.height = self._image.size
             return
-        self.width, self.height = size
+        self.width, self.height, self._space = header
         if _has_metadata(data):
             self._upright = _orientation(data)
             if self._upright in _SIDEWAYS:
                 self.width, self.height = self.height, self.width
+
+    def common(self) -> tuple[int, int, Image.Transpose | None] | None:
+        """(width, height) as stored, and what brings the picture upright, of a JPEG that any decoder reads alike: 8
+        bits, grey or YCbCr, Huffman coded in a single scan, not cut short. None for everything else."""
+        if self._image is not None or self._space == "RGB":
+            return None
+        frame = _single_scan(self.data)
+        if not frame or self.data[frame + 4] != 8:
+            return None
+        sides = (self.height, self.width) if self._upright in _SIDEWAYS else (self.width, self.height)
+        return *sides, self._upright
 
     def reduction(self, width: int, height: int, at_least: tuple[int, int]) -> int:
         """By how much (1, 2, 4 or 8) a crop of `width` x `height` may shrink in decoding and still hold `HEADROOM`
@@ -162,14 +173,14 @@ class Encoded:
                 down, right = min(-(-(top + height) // reduction), pixels.shape[0]), left + width
                 right = min(-(-right // reduction), pixels.shape[1])
                 return pixels[top // reduction : down, left // reduction : right].copy()
-            self._image = open_image(self._data, self.channels)
+            self._image = open_image(self.data, self.channels)
         pixels = np.array(self._image.crop((left, top, left + width, top + height)))
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def _decode(self, reduction: int, rows: int) -> np.ndarray | None:
         """The first `rows` or more, upright, uint8 (H, W, C), valid until the next call; None when the file is not
         quite in order."""
-        data, width, height = self._data, self.width, self.height
+        data, width, height = self.data, self.width, self.height
         shortened = self._upright is None and rows + _ROWS_BELOW * reduction < height and _single_scan(data)
         if shortened:
             height = rows + _ROWS_BELOW * reduction
@@ -205,8 +216,9 @@ def _canvas(size: int) -> np.ndarray:
     return _CANVAS.memory
 
 
-def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
-    """(width, height) as stored of a JPEG whose colours libjpeg-turbo converts just as `open_image` would; else None.
+def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int, str] | None:
+    """(width, height, colour space) as stored of a JPEG whose colours libjpeg-turbo converts just as `open_image`
+    would; else None.
 
     Raises `ImageError` for one that is too large.
     """
@@ -220,7 +232,7 @@ def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
     if width * height > MAX_PIXELS:
         raise ImageError(_too_large(width, height))
     same = space == "Gray" if channels == 1 else space in ("Gray", "YCbCr", "RGB")
-    return (width, height) if same else None
+    return (width, height, space) if same else None
 
 
 def _has_metadata(data: bytes) -> bool:
@@ -259,11 +271,17 @@ def _orientation(data: bytes) -> Image.Transpose | None:
         return None
 
 
+def turn(method: Image.Transpose) -> tuple[bool, bool, bool]:
+    """What Pillow's `transpose` does to rows and columns: are they swapped, then the rows reversed, the columns."""
+    return method in _SIDEWAYS, method in _UPSIDE_DOWN, method in _MIRRORED
+
+
 def _turned(pixels: np.ndarray, method: Image.Transpose) -> np.ndarray:
     """(H, W, C) as Pillow's `transpose` would have it, a view."""
-    if method in _SIDEWAYS:
+    swapped, upside_down, mirrored = turn(method)
+    if swapped:
         pixels = pixels.swapaxes(0, 1)
-    return pixels[:: -1 if method in _UPSIDE_DOWN else 1, :: -1 if method in _MIRRORED else 1]
+    return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

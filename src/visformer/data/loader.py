@@ -1,4 +1,5 @@
-"""Batches: worker processes decode and augment, this process puts them in order.
+"""Batches: worker processes decode and augment, this process puts them in order. With `decode: device` the workers
+read, and the device decodes and augments; see device_feed.py.
 
 A training batch is a function of the configuration's seed, the epoch and the batch's number: each sample is seeded from
 (seed, epoch, index, copy) before it is transformed, so the number of workers changes nothing and a run resumes in the
@@ -13,19 +14,23 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from visformer.data.arrays import ArraySource
-from visformer.data.jobs import BatchJob, Told, eval_job, train_job
+from visformer.data.batch import Batch
+from visformer.data.device_feed import DeviceFeed
+from visformer.data.device_jobs import ByteJob
+from visformer.data.jobs import Told, eval_job, train_job
+from visformer.data.packed import blocks_of
 from visformer.data.preprocessing import Preprocessing
 from visformer.data.sampler import EpochSampler, Item
 from visformer.data.sources import ImageSource, Subset
-from visformer.data.workers import WorkerPool
+from visformer.data.workers import SPARE, Job, WorkerPool
 from visformer.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -33,28 +38,6 @@ if TYPE_CHECKING:
 
 LEAST_BAD_IMAGES = 10  # that a small set may have, however few a hundredth of it is
 TIMEOUT_S = 120.0  # that evaluation, which has no option for it, grants a worker for one image
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`images` uint8 (B, C, H, W) in channels_last memory, `targets` int64 (B,), `indices` of the samples in their
-    source.
-
-    `failures` are the (name, reason) of those that could not be read. With aug_splits, images are (3B, C, H, W), the B
-    clean ones first.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    indices: list[int]
-    failures: list[tuple[str, str]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def pin_memory(self) -> Batch:
-        """A copy in page-locked memory, from which copies to the device run beside the computation."""
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 def available_cores() -> int:
@@ -81,6 +64,7 @@ class TrainLoader:
         world_size: int = 1,
         batch_size: int | None = None,
         pin_memory: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.batch_size = batch_size or config.batch_size
         self.sampler = EpochSampler(
@@ -91,6 +75,7 @@ class TrainLoader:
             num_samples=config.num_samples,
             rank=rank,
             world_size=world_size,
+            blocks=blocks_of(source),
         )
         whole = self.batch_size * world_size
         self._batches = self.sampler.total // whole if config.drop_remainder else -(-self.sampler.total // whole)
@@ -103,8 +88,13 @@ class TrainLoader:
         self.max_bad_images = allowed if config.max_bad_images is None else config.max_bad_images
         self.bad_images: dict[str, str] = {}
         workers = 0 if _is_small(source) else config.num_parallel_workers
-        job = train_job(source, config, self.batch_size)
-        self._batches_of = _Batches(job, workers, config.data_timeout_s, pin_memory)
+        if config.decode == "device":
+            feed = DeviceFeed(config, device or torch.device("cpu"))
+            job = ByteJob(source, config, self.batch_size)
+            self._batches_of = _Batches(job, workers, config.data_timeout_s, feed, spare=SPARE + feed.ahead + 1)
+        else:
+            job = train_job(source, config, self.batch_size)
+            self._batches_of = _Batches(job, workers, config.data_timeout_s, partial(_as_made, pin_memory))
 
     @property
     def num_workers(self) -> int:
@@ -167,7 +157,8 @@ class EvalLoader:
         own = range(rank, len(source), world_size)
         self._groups = [[Item(0, i, 0) for i in own[i : i + batch_size]] for i in range(0, len(own), batch_size)]
         job = eval_job(source, preprocessing, min(batch_size, len(own)))
-        self._batches_of = _Batches(job, min(num_workers, len(self._groups)), TIMEOUT_S, pin_memory)
+        workers = min(num_workers, len(self._groups))
+        self._batches_of = _Batches(job, workers, TIMEOUT_S, partial(_as_made, pin_memory))
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -188,9 +179,19 @@ def make_train_loader(
     world_size: int = 1,
     batch_size: int | None = None,
     pin_memory: bool = False,
+    device: torch.device | None = None,
 ) -> TrainLoader:
-    """A `TrainLoader`; `batch_size` is per process and by default the configuration's."""
-    return TrainLoader(source, config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=pin_memory)
+    """A `TrainLoader`; `batch_size` is per process and by default the configuration's. `device` is where images are
+    decoded if the configuration asks for that."""
+    return TrainLoader(
+        source,
+        config,
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        pin_memory=pin_memory,
+        device=device,
+    )
 
 
 def make_eval_loader(
@@ -239,28 +240,33 @@ class _Grouped:
             yield group
 
 
-class _Batches:
-    """Groups of items -> `Batch`es, made by workers or, with none, by this process."""
+Made = tuple[torch.Tensor, Any]  # the memory that a job wrote into, as far as it is used, and what it told
 
-    def __init__(self, job: BatchJob, workers: int, timeout_s: float, pin_memory: bool) -> None:
+
+class _Batches:
+    """Groups of items -> `Batch`es: a job done by workers or, with none, by this process; then `finish`."""
+
+    def __init__(
+        self,
+        job: Job,
+        workers: int,
+        timeout_s: float,
+        finish: Callable[[Iterable[Made]], Iterator[Batch]],
+        spare: int = SPARE,
+    ) -> None:
         self.job = job
-        self.pin_memory = pin_memory
+        self.finish = finish
         self.num_workers = min(workers, available_cores())
-        self._pool = WorkerPool(job, self.num_workers, timeout_s=timeout_s)
+        self._pool = WorkerPool(job, self.num_workers, timeout_s=timeout_s, spare=spare)
 
     @property
     def processes(self) -> list[Any]:
         return self._pool.processes
 
     def __call__(self, groups: Iterable[Sequence[Item]]) -> Iterator[Batch]:
-        made = self._pool.run(groups) if self.num_workers else map(self._make, groups)
-        for images, told in made:
-            batch = Batch(
-                images.permute(0, 3, 1, 2), torch.tensor(told.targets, dtype=torch.int64), told.indices, told.failures
-            )
-            yield batch.pin_memory() if self.pin_memory else batch
+        return self.finish(self._pool.run(groups) if self.num_workers else map(self._make, groups))
 
-    def _make(self, group: Sequence[Item]) -> tuple[torch.Tensor, Told]:
+    def _make(self, group: Sequence[Item]) -> Made:
         """What a worker would do, leaving the global generators as they are."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
@@ -274,6 +280,14 @@ class _Batches:
 
     def close(self) -> None:
         self._pool.close()
+
+
+def _as_made(pin_memory: bool, made: Iterable[tuple[torch.Tensor, Told]]) -> Iterator[Batch]:
+    """The workers' images as they are."""
+    for images, told in made:
+        targets = torch.tensor(told.targets, dtype=torch.int64)
+        batch = Batch(images.permute(0, 3, 1, 2), targets, told.indices, told.failures)
+        yield batch.pin_memory() if pin_memory else batch
 
 
 def _is_small(source: ImageSource) -> bool:

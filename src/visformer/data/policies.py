@@ -83,13 +83,18 @@ def build_policy(
     kind, name, parts = parse_policy(text)
     if channels == 4:
         raise UsageError(f"auto_augment: {text!r} works on grey or RGB images; with in_channels 4 use none")
-    fill = tuple(min(255, round(level)) for level in mean)
+    fill = fill_of(mean)
     if kind == "trivial":
         return _trivial(interpolation, fill)
     hparams = {"translate_const": int(min(image_size) * 0.45), "img_mean": fill if channels == 3 else fill[0]}
     if interpolation != "random":
         hparams["interpolation"] = PIL_RESAMPLING[_warping(interpolation)]
     return _timm_policy(kind, name, parts, hparams)
+
+
+def fill_of(mean: tuple[float, ...]) -> tuple[int, ...]:
+    """The levels that areas moved into the picture take."""
+    return tuple(min(255, round(level)) for level in mean)
 
 
 def parse_policy(text: str) -> tuple[str, str, dict[str, str]]:

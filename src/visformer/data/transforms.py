@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,16 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
+class Placing(NamedTuple):
+    """Where a training image comes from: `box` (left, top, width, height) in pixels, how it is resampled, and then
+    whether it is mirrored and turned upside down."""
+
+    box: tuple[int, int, int, int]
+    resampling: Image.Resampling
+    mirrored: bool
+    upside_down: bool
+
+
 class TrainTransform:
     """An image of `in_channels` -> uint8 (C, H, W), a view of (H, W, C) memory; with aug_splits, (splits, C, H, W),
     clean first.
@@ -62,9 +72,10 @@ class TrainTransform:
             interpolation=config.interpolation,
             channels=config.in_channels,
         )
+        self.policy = policy
         # `none` switches the policy off and leaves the jitter, as no policy at all does.
-        jitter = ColorJitter(config.color_jitter) if policy is None and config.color_jitter else None
-        self.colour = policy.apply if policy else jitter
+        self.jitter = ColorJitter(config.color_jitter) if policy is None and config.color_jitter else None
+        self.colour = policy.apply if policy else self.jitter
         self.uses_numpy = policy is not None and policy.numpy
         self.uses_torch = policy is not None and policy.torch
 
@@ -85,15 +96,21 @@ class TrainTransform:
 
     def crop_and_flip(self, image: Image.Image | Encoded | np.ndarray) -> np.ndarray:
         """The part of the transform that moves pixels: an image -> uint8 (H, W, C) of the model's size."""
-        height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        return self.placed(image, self.draw_placing(*size_of(image)))
+
+    def draw_placing(self, width: int, height: int) -> Placing:
+        """Draw where an image of that size is cropped, and how it is resized and flipped."""
         box = draw_crop(width, height, self.scale, self.ratio)
         resampling = self.resampling[0] if len(self.resampling) == 1 else random.choice(self.resampling)
-        pixels = self._resized(image, box, resampling)
-        if self.hflip and random.random() < self.hflip:
+        mirrored = bool(self.hflip) and random.random() < self.hflip
+        return Placing(box, resampling, mirrored, bool(self.vflip) and random.random() < self.vflip)
+
+    def placed(self, image: Image.Image | Encoded | np.ndarray, placing: Placing) -> np.ndarray:
+        """An image -> uint8 (H, W, C) of the model's size, as `placing` says."""
+        pixels = self._resized(image, placing.box, placing.resampling)
+        if placing.mirrored:
             pixels = image_ops.flip(pixels, 1)
-        if self.vflip and random.random() < self.vflip:
-            pixels = image_ops.flip(pixels, 0)
-        return pixels
+        return image_ops.flip(pixels, 0) if placing.upside_down else pixels
 
     def _resized(
         self, image: Image.Image | Encoded | np.ndarray, box: tuple[int, int, int, int], resampling: Image.Resampling
@@ -107,6 +124,11 @@ class TrainTransform:
         else:
             pixels = image[top : top + height, left : left + width].copy()
         return image_ops.resize(pixels, self.size, resampling)
+
+
+def size_of(image: Image.Image | Encoded | np.ndarray) -> tuple[int, int]:
+    """Width and height of an image, pixels."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else (image.width, image.height)
 
 
 def draw_crop(
@@ -153,10 +175,14 @@ class ColorJitter:
     def __init__(self, strength: float) -> None:
         self.low, self.high = max(0.0, 1 - strength), 1 + strength
 
+    def draw(self) -> list[tuple[Callable[[np.ndarray, float], np.ndarray], float]]:
+        """Draw what is done, of `image_ops`, and by which factor."""
+        return [(kind, random.uniform(self.low, self.high)) for kind in random.sample(self._KINDS, 3)]
+
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         colours = np.ascontiguousarray(pixels[:, :, :3])
-        for kind in random.sample(self._KINDS, 3):
-            colours = kind(colours, random.uniform(self.low, self.high))
+        for kind, factor in self.draw():
+            colours = kind(colours, factor)
         return colours if pixels.shape[2] < 4 else np.concatenate((colours, pixels[:, :, 3:]), axis=2)
 
 

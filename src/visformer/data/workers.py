@@ -33,20 +33,21 @@ from visformer import console
 from visformer.errors import RunError, VisformerError
 
 AHEAD = 2  # batches that each worker has to do, or has done, before they are asked for
-SPARE = 2  # batches that whoever iterates can hold on to before copies are made
+SPARE = 2  # batches that whoever iterates can usually hold on to before copies are made
 ATTEMPTS = 3  # workers that one batch may end
 _TICK_S = 1.0  # between looks at workers that say nothing
 
 
 class Job(Protocol):
-    """What workers do. `shape` is that of a whole batch's images, uint8 (N, H, W, C)."""
+    """What workers do. `shape` is that of a whole batch's memory, uint8: (N, H, W, C) for images, (any,) for bytes."""
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
 
     def __call__(
         self, group: Sequence[Any], out: np.ndarray, given_up: frozenset[int], reading: Callable[[int], None]
     ) -> tuple[int, Any]:
-        """Write the images of `group` into `out`; the number written, and whatever else there is to tell.
+        """Write the images of `group` into `out`; how much of its first axis is used, and whatever else there is to
+        tell.
 
         `reading` is called with the index of each image before it is read; those in `given_up` are not to be read.
         """
@@ -83,12 +84,14 @@ class _Worker:
 
 
 class WorkerPool:
-    """`count` processes that do a `Job`; they start with the first `run` and stay until `close`."""
+    """`count` processes that do a `Job`; they start with the first `run` and stay until `close`. Whoever iterates can
+    hold on to `spare` batches before copies are made."""
 
-    def __init__(self, job: Job, count: int, *, timeout_s: float = 0.0) -> None:
+    def __init__(self, job: Job, count: int, *, timeout_s: float = 0.0, spare: int = SPARE) -> None:
         self.job = job
         self.count = count
         self.timeout_s = timeout_s
+        self.spare = spare
         self._workers: list[_Worker] = []
         self._tasks: dict[int, _Task] = {}
         self._next = 0
@@ -102,7 +105,7 @@ class WorkerPool:
         return [worker.process for worker in self._workers]
 
     def run(self, groups: Iterable[Sequence[Any]]) -> Iterator[tuple[torch.Tensor, Any]]:
-        """For each group, in order, its images, uint8 (N, H, W, C), and what else the job told of it.
+        """For each group, in order, what was written for it, uint8 shaped as the job says, and what else was told.
 
         Raises `RunError` when a batch has ended too many workers, and what the job raised.
         """
@@ -134,8 +137,9 @@ class WorkerPool:
     def _start(self) -> None:
         self._beats, self._reading = (processes().RawArray("q", self.count) for _ in range(2))
         fork = processes().get_start_method() == "fork"
-        self._slabs = [_shared(self.job.shape) for _ in range(AHEAD * self.count + SPARE)] if fork else []
-        self._free = deque(range(AHEAD * self.count + SPARE))
+        slabs = AHEAD * self.count + self.spare
+        self._slabs = [_shared(self.job.shape) for _ in range(slabs)] if fork else []
+        self._free = deque(range(slabs))
         self._workers = []
         self._finalizer = weakref.finalize(self, _end, self._workers)
         for slot in range(self.count):
@@ -211,7 +215,7 @@ class WorkerPool:
             return torch.from_numpy(own[:count]), told
         images = self._slabs[task.slab][:count]
         held = len(self._slabs) - len(self._free) - len(self._tasks) - 1
-        if held >= SPARE:
+        if held >= self.spare:
             images = images.copy()
             self._free.append(task.slab)
         else:  # torch keeps the array, and so the finalizer, as long as any tensor shows its memory
@@ -296,7 +300,7 @@ def _end(workers: list[_Worker]) -> None:
             worker.process.join(1.0)
 
 
-def _shared(shape: tuple[int, int, int, int]) -> np.ndarray:
+def _shared(shape: tuple[int, ...]) -> np.ndarray:
     """Anonymous memory that forked processes share; pages that are never written take no room."""
     return np.frombuffer(mmap.mmap(-1, max(math.prod(shape), 1)), np.uint8, math.prod(shape)).reshape(shape)
 
@@ -329,7 +333,8 @@ def _serve(
         out = slabs[slab] if slabs else np.empty(job.shape, np.uint8)
         result, failure = None, None
         try:
-            result = (*job(group, out, given_up, read), None if slabs else out)
+            count, told = job(group, out, given_up, read)
+            result = (count, told, None if slabs else out[:count])
         except VisformerError as error:
             failure = error
         except Exception:

@@ -2,11 +2,12 @@
 
     visformer bench --what train --models visformer_tiny,visformer_small --batch_sizes 32,128
     visformer bench --what data --workers 2
+    visformer bench --what end_to_end --workers 2
 
-Loading is in bench_data.py. For the rest, all contenders work on the same synthetic batch in the same process and take
-turns step by step; nothing is read from disk. They must first prove that they compute the same thing: with equal
-weights, equal logits. A training step is forward, label-smoothed cross entropy, backward and AdamW; an inference step
-is a forward pass on normalised images.
+Loading is in bench_data.py, training from files in bench_feed.py. For the rest, all contenders work on the same
+synthetic batch in the same process and take turns step by step; nothing is read from disk. They must first prove that
+they compute the same thing: with equal weights, equal logits. A training step is forward, label-smoothed cross entropy,
+backward and AdamW; an inference step is a forward pass on normalised images.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 class BenchOptions:
     """Options of `visformer bench`; see each field's help."""
 
-    what: Literal["train", "infer", "data"] = option(
-        "train", "training steps, forward passes, or images loaded and augmented", group="Work"
+    what: Literal["train", "infer", "data", "end_to_end"] = option(
+        "train",
+        "training steps, forward passes, images loaded and augmented, or training from image files",
+        group="Work",
     )
     against: Literal["timm"] = option("timm", "whose models and loader to measure against")
     models: list[str] | None = option(
@@ -43,11 +46,14 @@ class BenchOptions:
         None, "side of the images in pixels, a multiple of 32; None: 224 on an accelerator and with data, 64 on a CPU"
     )
     repeats: int | None = option(
-        None, "steps of each contender that count, with data passes over the images; None: 20, with data 5"
+        None,
+        "steps of each contender that count, with data and end_to_end passes over the images; None: 20, of passes 5",
     )
-    warmup: int | None = option(None, "steps or passes of each contender before those that count; None: 3, with data 1")
+    warmup: int | None = option(None, "steps or passes of each contender before those that count; None: 3, of passes 1")
     data_dir: str = option("", "folder of class folders to read; empty: JPEGs made on the spot", group="Data")
-    num_images: int = option(1024, "images to make, or to take of the folder's")
+    num_images: int = option(
+        1024, "images to make, or to take of the folder's; with end_to_end, images of a pass, which may come again"
+    )
     workers: int = option(2, "worker processes of each loader; at most the cores there are")
     auto_augment: str | None = option("autoaug", "augmentation policy of both loaders, or none")
     amp_level: Literal["O0", "O1", "O2", "O3"] = option(
@@ -55,6 +61,7 @@ class BenchOptions:
         "ours, and timm's as ours: O0: fp32; O1 to O3: bf16. The baseline is timm's in fp32 at any",
         group="Device",
     )
+    compile: bool = option(False, "end_to_end: torch.compile the models of all contenders")
     device_target: Literal["auto", "CPU", "GPU", "Ascend", "cuda", "npu", "xpu", "mps", "cpu"] = option(
         "auto", "device to run on; auto: the accelerator that is there, else the CPU"
     )
@@ -71,7 +78,7 @@ class BenchOptions:
         for name in ("models", "batch_sizes"):
             if not getattr(self, name) and not (name == "models" and self.what == "data"):
                 raise UsageError(f"{name}: the list is empty; give at least one")
-        if min(self.batch_sizes) < 2 and self.what == "train":
+        if min(self.batch_sizes) < 2 and self.what in ("train", "end_to_end"):
             raise UsageError(
                 f"batch_sizes: {min(self.batch_sizes)} is too small; BatchNorm trains on at least 2 images"
             )
@@ -82,11 +89,11 @@ class BenchOptions:
 
     def _fill_in(self) -> None:
         """What depends on `what`."""
-        data = self.what == "data"
+        data, passes = self.what == "data", self.what in ("data", "end_to_end")
         if self.repeats is None:
-            self.repeats = 5 if data else 20
+            self.repeats = 5 if passes else 20
         if self.warmup is None:
-            self.warmup = 1 if data else 3
+            self.warmup = 1 if passes else 3
         if self.models is None:
             self.models = [] if data else ["visformer_tiny"]
         if self.image_size is None and data:
@@ -100,6 +107,10 @@ def run(options: BenchOptions) -> int:
         console.print_json(document)
     elif options.what == "data":
         from visformer.verbs.bench_data import print_tables
+
+        print_tables(document)
+    elif options.what == "end_to_end":
+        from visformer.verbs.bench_feed import print_tables
 
         print_tables(document)
     else:
@@ -116,8 +127,9 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     warmup, and `results`, one for each model and batch size: model, batch_size, logit_difference (largest, float64, as
     a share of the largest logit) and `contenders`, each with name, precision, memory_format, images_per_s, ratio
     (speed over that of the contender `timm`: fp32, eager, contiguous), both medians and both with `_quartiles`,
-    seconds_per_step and finite. With data: workers, auto_augment, data_dir, and results as `bench_data.measure` gives
-    them. Raises `UsageError` for a model that timm lacks or a size that it refuses, `RunError` when logits differ.
+    seconds_per_step and finite. With data and end_to_end: workers, auto_augment, data_dir, with end_to_end compile, and
+    results as the `measure` of bench_data.py and bench_feed.py gives them. Raises `UsageError` for a model that timm
+    lacks or a size that it refuses, `RunError` when logits differ.
     """
     from visformer.distributed import select_device
 
@@ -130,12 +142,21 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         "image_size": image_size,
         "repeats": options.repeats,
         "warmup": options.warmup,
-    } | (_data(options, device) if options.what == "data" else _models(options, image_size, device))
+    } | _results(options, image_size, device)
     if options.output:
         from visformer.atomic import atomic_text
 
         atomic_text(options.output, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return document
+
+
+def _results(options: BenchOptions, image_size: int, device: torch.device) -> dict[str, Any]:
+    """The results, and what those of data and end_to_end depend on besides."""
+    if options.what == "data":
+        return _data(options, device)
+    if options.what == "end_to_end":
+        return _end_to_end(options, image_size, device)
+    return _models(options, image_size, device)
 
 
 def _models(options: BenchOptions, image_size: int, device: torch.device) -> dict[str, Any]:
@@ -153,21 +174,36 @@ def _models(options: BenchOptions, image_size: int, device: torch.device) -> dic
 
 
 def _data(options: BenchOptions, device: torch.device) -> dict[str, Any]:
-    """The results of loading, and what they depend on besides."""
-    from visformer.data import available_cores
-    from visformer.distributed import versions
+    """The results of loading."""
     from visformer.models import variant
     from visformer.verbs import bench_data
 
     for name in options.models or []:
         variant(name)
+    return _loading(options) | {"results": bench_data.measure(options, device)}
+
+
+def _end_to_end(options: BenchOptions, image_size: int, device: torch.device) -> dict[str, Any]:
+    """The results of training from files."""
+    from visformer.verbs import bench_feed
+
+    return (
+        _loading(options) | {"compile": options.compile} | {"results": bench_feed.measure(options, image_size, device)}
+    )
+
+
+def _loading(options: BenchOptions) -> dict[str, Any]:
+    """What loading depends on besides."""
+    from visformer.data import available_cores
+    from visformer.distributed import versions
+    from visformer.verbs import bench_data
+
     options.workers = min(options.workers, available_cores())
     return {
         "workers": options.workers,
         "auto_augment": options.auto_augment,
         "data_dir": options.data_dir,
         "versions": versions() | bench_data.versions(),
-        "results": bench_data.measure(options, device),
     }
 
 
