@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     bench: Callable[..., Any]
     convert: Callable[..., Any]
+    pack: Callable[..., Any]
     predict: Callable[..., Any]
     quickstart: Callable[..., Any]
     report: Callable[..., Any]
@@ -42,6 +43,7 @@ __all__ = [
     "list_pretrained",
     "load",
     "models",
+    "pack",
     "predict",
     "quickstart",
     "report",
@@ -57,7 +59,7 @@ _OBJECTS = {  # public name -> module and name there
     "Visformer": ("visformer.hub", "Visformer"),
     "Predictor": ("visformer.verbs.predictor", "Predictor"),
 }
-_VERBS = ("bench", "convert", "predict", "quickstart", "report", "train", "validate")
+_VERBS = ("bench", "convert", "pack", "predict", "quickstart", "report", "train", "validate")
 
 
 def __getattr__(name: str) -> Any:

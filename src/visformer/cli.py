@@ -72,6 +72,15 @@ VERBS = {
         ),
         "visformer.verbs.convert:ConvertOptions",
     ),
+    "pack": Verb(
+        "Pack a dataset into a few large files, to be trained on again and again.",
+        (
+            "visformer pack photos packed",
+            "visformer pack photos packed --format uint8 --size 256",
+            "visformer pack cifar packed --dataset cifar10",
+        ),
+        "visformer.verbs.pack:PackOptions",
+    ),
     "report": Verb(
         "Turn a run folder, or several side by side, into one self-contained HTML page.",
         ("visformer report ckpt", "visformer report runs/a runs/b --output comparison.html"),

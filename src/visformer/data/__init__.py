@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visformer.data.arrays import ArraySource
+    from visformer.data.batch import Batch
     from visformer.data.datasets import Data, class_mapping, open_data, open_evaluation
     from visformer.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, open_image, to_mode
     from visformer.data.folders import FolderSource
     from visformer.data.loader import (
-        Batch,
         EvalLoader,
         TrainLoader,
         available_cores,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         make_train_loader,
     )
     from visformer.data.mixing import DeviceTransform
+    from visformer.data.packed import PackedSource
     from visformer.data.policies import build_policy
     from visformer.data.preprocessing import Preprocessing
     from visformer.data.sampler import EpochSampler
@@ -43,6 +44,7 @@ __all__ = [
     "FolderSource",
     "ImageError",
     "ImageSource",
+    "PackedSource",
     "Preprocessing",
     "ShardSource",
     "Subset",
@@ -74,13 +76,14 @@ _MODULES = {  # name -> module that has it
     "open_image": "decode",
     "to_mode": "decode",
     "FolderSource": "folders",
-    "Batch": "loader",
+    "Batch": "batch",
     "EvalLoader": "loader",
     "TrainLoader": "loader",
     "available_cores": "loader",
     "make_eval_loader": "loader",
     "make_train_loader": "loader",
     "DeviceTransform": "mixing",
+    "PackedSource": "packed",
     "build_policy": "policies",
     "Preprocessing": "preprocessing",
     "EpochSampler": "sampler",

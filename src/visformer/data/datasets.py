@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visformer import console
 from visformer.data.arrays import NAMED_ARRAYS, named_arrays
 from visformer.data.folders import FolderSource, check_classes
+from visformer.data.packed import PackedSet, PackedSource, check_room, in_shard_order, open_packed, warn_of_size
+from visformer.data.sampler import BLOCK_SHARDS
 from visformer.data.shards import ShardSource, shards_of
 from visformer.data.sources import ImageSource, by_keys, stratified
+from visformer.data.streams import cache_bytes
 from visformer.data.timm_sets import TimmSource, open_timm
 from visformer.errors import UsageError, nearest
 
@@ -51,13 +55,16 @@ def open_data(config: TrainConfig, record: dict[str, Any] | None = None) -> Data
             for training in (True, False)
         )
         return Data(train, val, train.class_names)
-    train, val = _open_folders(config) if _is_folders(config.dataset, config.data_dir) else _open_named(config)
+    packed = _packed(config.dataset, config.data_dir)
+    if packed is not None:
+        train, val = _open_packed(packed, config)
+    else:
+        train, val = _open_folders(config) if _is_folders(config.dataset, config.data_dir) else _open_named(config)
     class_names = train.class_names
     split = None
     if val is None and (record is not None or config.val_while_train is not False):
         train, val, split = _hold_out(train, config, record)
-        if not len(val):
-            val = None
+        val = in_shard_order(val) if len(val) else None
     return Data(train, val, class_names, split)
 
 
@@ -79,6 +86,9 @@ def open_evaluation(
     training = split in _SPLIT_FOLDERS["train"]
     if dataset in NAMED_ARRAYS:
         return named_arrays(dataset, data_dir, training, channels, download)
+    packed = _packed(dataset, data_dir)
+    if packed is not None:
+        return in_shard_order(_packed_evaluation(packed, split, channels, record))
     if not _is_folders(dataset, data_dir):
         source = _open_timm_split(dataset, data_dir, split, channels, download)
         if source is None and record is not None:
@@ -127,6 +137,43 @@ def _is_folders(dataset: str, data_dir: str) -> bool:
         names = (name for name in _KNOWN if name)
         raise UsageError(f"dataset: unknown {dataset!r}{nearest(dataset, _KNOWN)}; known are {', '.join(names)}")
     return False
+
+
+def _packed(dataset: str, data_dir: str) -> PackedSet | None:
+    """The packed set that `data_dir` is; None for any other data."""
+    return open_packed(data_dir) if dataset in FOLDER_NAMES else None
+
+
+def _packed_split(packed: PackedSet, name: str) -> str | None:
+    """`train` or `val`, whichever `name` stands for and the set has; a split also goes by the folder it came from."""
+    for split, found in packed.manifest.splits.items():
+        if name in (split, found.folder or split, *_SPLIT_FOLDERS[split]):
+            return split
+    return None
+
+
+def _open_packed(packed: PackedSet, config: TrainConfig) -> tuple[PackedSource, PackedSource | None]:
+    train, val = (_packed_split(packed, name) for name in (config.train_split, config.val_split))
+    for name, split, which in ((config.train_split, train, "train"), (config.val_split, val, "val")):
+        if split is None and name != "val":
+            there = ", ".join(packed.manifest.splits)
+            raise UsageError(f"{config.data_dir}: packed without {name!r}, which --{which}_split names; it has {there}")
+    source = packed.open(train or "train", config.in_channels)
+    warn_of_size(source, config.image_size, console.warn)
+    check_room(source, BLOCK_SHARDS, cache_bytes())
+    return source, None if val is None else packed.open(val, config.in_channels)
+
+
+def _packed_evaluation(packed: PackedSet, name: str, channels: int, record: dict[str, Any] | None) -> ImageSource:
+    """As `open_evaluation` has it for folders: a split, what a record lists, or all there is where nothing is split."""
+    split, training = _packed_split(packed, name), name in _SPLIT_FOLDERS["train"]
+    if record is not None and (split is None or training):
+        source = packed.open("train", channels, skip_empty=True)
+        return by_keys(source, record["train" if training else "val"], packed.store.where)
+    if split is None and packed.has("val"):
+        there = ", ".join(packed.manifest.splits)
+        raise UsageError(f"{packed.store.where}: no split {name!r}; it has {there}; choose one of them as the split")
+    return packed.open(split or "train", channels, skip_empty=True)
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -209,7 +256,7 @@ def _hold_out(train: ImageSource, config: TrainConfig, record: dict[str, Any] | 
         parts = by_keys(train, record["train"], config.data_dir), by_keys(train, record["val"], config.data_dir)
         return *parts, record
     part, held_out = stratified(train, config.val_fraction, config.seed)
-    folder = ""
+    folder = train.folder if isinstance(train, PackedSource) else ""
     if isinstance(train, FolderSource) and train.root != Path(config.data_dir):
         folder = train.root.name
     return part, held_out, {

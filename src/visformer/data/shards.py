@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visformer.data.decode import IMAGE_SUFFIXES, open_image
+from visformer.data.decode import IMAGE_SUFFIXES, ImageError, open_image
 from visformer.errors import UsageError
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -52,10 +52,18 @@ class ShardSource:
         return len(self._targets)
 
     def load(self, index: int) -> Image.Image:
+        return open_image(self.raw(index), self.channels)
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of the image's member. Raises `ImageError`."""
         number, offset, size = self._places[index]
-        with open(self.folder / self.shards[number], "rb") as file:
-            file.seek(offset)
-            return open_image(file.read(size), self.channels)
+        path = self.folder / self.shards[number]
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise ImageError(f"can't be read ({error.strerror})", str(path)) from error
 
     def target(self, index: int) -> int:
         return int(self._targets[index])

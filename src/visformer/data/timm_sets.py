@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,17 +39,29 @@ class TimmSource:
         return len(self._targets)
 
     def load(self, index: int) -> Image.Image:
-        try:
+        with self._naming(index):
             if self.reader is None:
                 return to_mode(self.dataset[index][0], self.channels)
             with self.reader[index][0] as file:
                 return open_image(file, self.channels)
+
+    def raw(self, index: int) -> bytes | None:
+        """The bytes of the image's file; None where there are only decoded images. Raises `ImageError`."""
+        if self.reader is None:
+            return None
+        with self._naming(index), self.reader[index][0] as file:
+            return file.read()
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """What goes wrong with an image as an `ImageError` with its name."""
+        try:
+            yield
         except ImageError:
             raise
         except (OSError, ValueError, SyntaxError, AssertionError) as error:
-            raise ImageError(
-                f"can't be read ({' '.join(str(error).split()) or type(error).__name__})", self.name(index)
-            ) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(f"can't be read ({reason})", self.name(index)) from error
 
     def target(self, index: int) -> int:
         return int(self._targets[index])

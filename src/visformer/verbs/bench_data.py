@@ -3,30 +3,27 @@
     visformer bench --what data --workers 2
     visformer bench --what data --data_dir photos/train --models visformer_tiny,visformer_small
 
-All contenders read the same JPEGs with the same augmentation and as many worker processes, and take turns pass by pass
+All contenders read the same images with the same augmentation and as many worker processes, and take turns pass by pass
 in one process. Two stages are told apart. `loaded` is what the workers deliver: bytes of pixels; timm's have been mixed
 by then, because its workers do that (`timm, unmixed` leaves it out), ours are mixed on the device. `ready` is what a
 model is given: normalised, erased and mixed, on the device.
 
-Without `data_dir` the JPEGs are made on the spot: 500 x 375 pixels, quality 90, with the 1/f spectrum of photographs,
-which gives the size of ImageNet's files, about 84 kB.
+`visformer, packed` reads the same images as `visformer pack --format uint8` writes them, the short side reduced to 256
+pixels for a model that takes 224. What the files are is in bench_data_images.py.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 from timm.data.dataset import ImageDataset
 from timm.data.loader import create_loader
 from timm.data.mixup import FastCollateMixup
@@ -34,25 +31,27 @@ from torch import Tensor
 
 from visformer import console
 from visformer.config import TrainConfig
-from visformer.data import Batch, DeviceTransform, FolderSource, ImageSource, Subset, TrainLoader, make_train_loader
+from visformer.data import Batch, DeviceTransform, ImageSource, TrainLoader, make_train_loader
 from visformer.data.policies import parse_policy, pillow_posterize
 from visformer.errors import UsageError
 from visformer.models import create_model
+from visformer.verbs.bench_data_images import images as _images
+from visformer.verbs.bench_data_images import packed_images
 from visformer.verbs.bench_timing import Contender, Timed, summarize, take_turns
 from visformer.verbs.trainer import Trainer
 
-WIDTH, HEIGHT, QUALITY = 500, 375, 90
-SPECTRUM = 1.27  # amplitudes fall with this power of the frequency: files of 84 kB
 NUM_CLASSES = 1000
 STEPS = 5  # of training, for a model's own rate; two more come before
 BASELINE = "timm"
+PACKED = "visformer, packed"
 
 
 def measure(options: Any, device: torch.device) -> list[dict[str, Any]]:
     """One result for each batch size: batch_size, images, `stages` and `models`.
 
     A stage has a name and `contenders` as `bench_timing.summarize` describes them. A model has its name, images_per_s
-    of training, and `limit`: loader or model. Raises `UsageError` for a folder or policy that can't be used.
+    of training, `limit` (loader or model), and `packed_limit`, the same of packed data. Raises `UsageError` for a
+    folder or policy that can't be used.
     """
     with _images(options) as source:
         names = [source.name(index) for index in range(len(source))]
@@ -60,7 +59,8 @@ def measure(options: Any, device: torch.device) -> list[dict[str, Any]]:
             f"{len(names)} JPEGs, {np.mean([Path(name).stat().st_size for name in names]) / 1000:.0f} kB on average; "
             f"{options.workers} workers; {options.repeats} passes of each contender"
         )
-        return [_measure(source, batch_size, options, device) for batch_size in options.batch_sizes]
+        with packed_images(source, options.image_size) as packed:
+            return [_measure(source, packed, batch_size, options, device) for batch_size in options.batch_sizes]
 
 
 def versions() -> dict[str, str]:
@@ -86,14 +86,16 @@ def data_config(options: Any, batch_size: int) -> TrainConfig:
     )
 
 
-def _measure(source: ImageSource, batch_size: int, options: Any, device: torch.device) -> dict[str, Any]:
+def _measure(
+    source: ImageSource, packed: ImageSource, batch_size: int, options: Any, device: torch.device
+) -> dict[str, Any]:
     config = data_config(options, batch_size)
     batches = len(source) // batch_size
     if not batches:
         raise UsageError(
             f"batch_sizes: {batch_size} is more than the {len(source)} images; lower it or raise num_images"
         )
-    ours = make_train_loader(source, config)
+    ours, ours_packed = (make_train_loader(images, config) for images in (source, packed))
     theirs, unmixed = (timm_loader(source, config, device, mixed) for mixed in (True, False))
     prepare = DeviceTransform(config, NUM_CLASSES)
     stages = []
@@ -101,11 +103,15 @@ def _measure(source: ImageSource, batch_size: int, options: Any, device: torch.d
         for stage, contenders in {
             "loaded": [
                 _contender("visformer", lambda: (batch.images for batch in _epoch(ours))),
+                _contender(PACKED, lambda: (batch.images for batch in _epoch(ours_packed))),
                 _contender(BASELINE, lambda: (images for images, _ in theirs.loader)),
                 _contender("timm, unmixed", lambda: (images for images, _ in unmixed.loader)),
             ],
             "ready": [
-                _contender("visformer", lambda: (_ready(batch, prepare, device) for batch in _epoch(ours)), "float32"),
+                *(
+                    _contender(name, lambda loader=loader: _readied(loader, prepare, device), "float32")
+                    for name, loader in (("visformer", ours), (PACKED, ours_packed))
+                ),
                 _contender(BASELINE, lambda: (images for images, _ in theirs), "float32"),
             ],
         }.items():
@@ -116,8 +122,9 @@ def _measure(source: ImageSource, batch_size: int, options: Any, device: torch.d
             stages.append({"stage": stage, "contenders": records})
     finally:
         ours.close()
-    rate = stages[-1]["contenders"][0]["images_per_s"]
-    models = [_compare(name, rate, batch_size, options, device) for name in options.models or []]
+        ours_packed.close()
+    rates = [contender["images_per_s"] for contender in stages[-1]["contenders"][:2]]
+    models = [_compare(name, rates, batch_size, options, device) for name in options.models or []]
     return {"batch_size": batch_size, "images": batches * batch_size, "stages": stages, "models": models}
 
 
@@ -139,7 +146,7 @@ class _Pass:
 
 
 def _contender(name: str, batches: Callable[[], Iterator[Tensor]], precision: str = "uint8") -> Contender:
-    return Contender(name, precision, "channels_last" if name == "visformer" else "contiguous", _Pass(batches))
+    return Contender(name, precision, "channels_last" if name.startswith("visformer") else "contiguous", _Pass(batches))
 
 
 def _record(timed: Timed, baseline: Timed, images: int, warmup: int) -> dict[str, Any]:
@@ -171,6 +178,10 @@ _epochs = iter(range(1 << 30))
 def _epoch(loader: TrainLoader) -> Iterator[Batch]:
     loader.set_epoch(next(_epochs))
     return iter(loader)
+
+
+def _readied(loader: TrainLoader, prepare: DeviceTransform, device: torch.device) -> Iterator[Tensor]:
+    return (_ready(batch, prepare, device) for batch in _epoch(loader))
 
 
 def _ready(batch: Batch, prepare: DeviceTransform, device: torch.device) -> Tensor:
@@ -257,59 +268,14 @@ def _timms_policy(text: str | None) -> str | None:
     return "-".join([name, *(key + value for key, value in parts.items())])
 
 
-# ---- images
-
-
-@contextmanager
-def _images(options: Any) -> Iterator[ImageSource]:
-    """The JPEGs to read: some of the user's, or new ones in a folder that is removed afterwards."""
-    if options.data_dir:
-        root = Path(options.data_dir)
-        found = FolderSource(root / "train" if (root / "train").is_dir() else root)
-        count = min(len(found), options.num_images)
-        yield Subset(found, np.sort(np.random.default_rng(0).permutation(len(found))[:count]))
-        return
-    with tempfile.TemporaryDirectory(prefix="visformer-bench-") as folder:
-        write_jpegs(Path(folder), options.num_images)
-        yield FolderSource(folder)
-
-
-def write_jpegs(folder: Path, count: int) -> None:
-    """Write `count` JPEGs like photographs into class folders below `folder`, the same ones each time."""
-    rng = np.random.default_rng(0)
-    planes = [_plane(rng) for _ in range(24)]
-    for number in range(count):
-        # A sum of two planes, moved around, has their spectrum and is another picture each time.
-        light, red, blue = (
-            (_moved(planes[a], rng) + _moved(planes[b], rng)) / np.sqrt(2)
-            for a, b in (rng.choice(len(planes), 2, replace=False) for _ in range(3))
-        )
-        light = 52 * light + 118
-        pixels = np.stack([light + 14 * red + 5 * blue, light - 6 * red + 2 * blue, light - 3 * red - 16 * blue], 2)
-        path = folder / f"class{number % 10}" / f"{number:05}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
-
-
-def _plane(rng: np.random.Generator) -> np.ndarray:
-    """Noise of mean 0 and deviation 1 whose amplitudes fall as nature's do, float32 (H, W)."""
-    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
-    frequency[0, 0] = 1 / WIDTH
-    spectrum = rng.normal(size=frequency.shape) + 1j * rng.normal(size=frequency.shape)
-    plane = np.fft.irfft2(spectrum / frequency**SPECTRUM, s=(HEIGHT, WIDTH))
-    return ((plane - plane.mean()) / plane.std()).astype(np.float32)
-
-
-def _moved(plane: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.roll(plane[:: rng.choice([-1, 1])], rng.integers(WIDTH, size=2), axis=(0, 1))
-
-
 # ---- what limits
 
 
-def _compare(name: str, loaded: float, batch_size: int, options: Any, device: torch.device) -> dict[str, Any]:
+def _compare(name: str, loaded: list[float], batch_size: int, options: Any, device: torch.device) -> dict[str, Any]:
+    """A model's rate beside those of the loader, from JPEGs and packed."""
     rate = training_rate(name, batch_size, options, device)
-    return {"model": name, "images_per_s": rate, "limit": "loader" if loaded < rate else "model"}
+    limits = ["loader" if images_per_s < rate else "model" for images_per_s in loaded]
+    return {"model": name, "images_per_s": rate, "limit": limits[0], "packed_limit": limits[1]}
 
 
 def training_rate(name: str, batch_size: int, options: Any, device: torch.device) -> float:
@@ -332,13 +298,21 @@ def training_rate(name: str, batch_size: int, options: Any, device: torch.device
 
 
 def verdict(result: dict[str, Any], model: dict[str, Any], workers: int) -> str:
-    """A sentence that says which of the two limits training, and by how much."""
-    loader = result["stages"][-1]["contenders"][0]["images_per_s"]
-    rates = f"{model['model']} trains at {model['images_per_s']:,.0f} images/s, {workers} workers deliver {loader:,.0f}"
-    if model["limit"] == "model":
-        return f"{rates}: the model is the limit, the loader could feed {loader / model['images_per_s']:.1f} of it."
-    wanted = -(-model["images_per_s"] * workers // loader)
-    return f"{rates}: the loader is the limit; {wanted:,.0f} workers on as many cores would feed it."
+    """Sentences that say which of the two limits training, and by how much, from JPEGs and packed."""
+    jpegs, packed = (contender["images_per_s"] for contender in result["stages"][-1]["contenders"][:2])
+    return (
+        f"{model['model']} trains at {model['images_per_s']:,.0f} images/s. "
+        + _limit(f"{workers} workers deliver {jpegs:,.0f} from JPEGs", jpegs, model["images_per_s"], workers)
+        + _limit(f" Packed, they deliver {packed:,.0f}", packed, model["images_per_s"], workers)
+    )
+
+
+def _limit(what: str, loader: float, rate: float, workers: int) -> str:
+    if loader >= rate:
+        return f"{what}: the model is the limit, the loader could feed {loader / rate:.1f} of it."
+    return (
+        f"{what}: the loader is the limit; {-(-rate * workers // loader):,.0f} workers on as many cores would feed it."
+    )
 
 
 def print_tables(document: dict[str, Any]) -> None:
