@@ -172,6 +172,18 @@ def test_two_and_four_processes_agree_with_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_freeze_and_free_as_one_does(tmp_path):
+    options = {"sync_bn": True, "freeze": "backbone", "freeze_epochs": 1, "class_weights": "balanced"}
+    for count in (1, 2):
+        visformer(tmp_path / str(count), batch_size=32 // count, num_devices=count, **options)
+    one, two = (records(tmp_path / str(count), "epoch") for count in (1, 2))
+    assert [r["train_loss"] for r in two] == pytest.approx([r["train_loss"] for r in one], rel=1e-4)
+    first, second = (read_checkpoint(tmp_path / str(count) / "last.safetensors").state_dict for count in (1, 2))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.slow
 def test_accumulation_over_processes_and_a_kill(tmp_path):
     """Two processes, two batches a step, a save at every step: killed in the middle, resumed, the same bits."""
     options = {

@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 from tests.test_trainer import batch
 from tests.upstream import mini_architecture
-from visformer.checkpoint import Checkpoint, load_state, read_checkpoint, write_checkpoint
+from visformer.checkpoint import Checkpoint, load_state, read_checkpoint, snapshot, write_checkpoint
 from visformer.cli import main
 from visformer.config import TrainConfig
 from visformer.data import Preprocessing
 from visformer.errors import UsageError
+from visformer.freezing import frozen_parts
 from visformer.losses import balanced_weights, build_distillation, build_loss
 from visformer.models import Visformer
 from visformer.models import architecture as named_architecture
 from visformer.options import from_keywords
 from visformer.verbs import fine_tuning
-from visformer.verbs.freezing import frozen_parts
 from visformer.verbs.patience import Patience
 from visformer.verbs.teacher import load_teacher
 from visformer.verbs.train import train
@@ -172,6 +172,22 @@ def trainer_of(**changes):
     config = TrainConfig(**(values | {"opt": "adamw", "weight_decay": 0.1} | changes))
     model = Visformer(mini_architecture("orig_mini_v1"))
     return Trainer(model, config, torch.device("cpu"), batches_per_epoch=4)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "nadam"])
+def test_every_optimizer_takes_what_is_freed_later(opt):
+    trainer = trainer_of(freeze="stage1", freeze_epochs=1, opt=opt, clip_grad=True)
+    for epoch in range(3):
+        trainer.begin_epoch(epoch)
+        trainer.train_batch(batch(epoch), epoch)
+    saved = snapshot(trainer.state_dict())
+    again = trainer_of(freeze="stage1", freeze_epochs=1, opt=opt, clip_grad=True)
+    again.load_state_dict(saved)
+    for one in (trainer, again):
+        one.begin_epoch(3)
+        one.train_batch(batch(3), 3)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("freeze, first_free", [("stem", "stages.0."), ("stage1", "stages.1."), ("backbone", "head.")])

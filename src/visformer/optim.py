@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visformer.config import TrainConfig
+from visformer.freezing import frozen_parts
 from visformer.models import Visformer
 from visformer.models.layers import ChannelNorm
 
@@ -58,14 +59,16 @@ def parameter_groups(model: Visformer, config: TrainConfig) -> list[dict[str, An
     """
     spared = _spared(model, config.weight_decay_filter)
     scales = _layer_scales(model, config.layer_decay)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    # What is frozen has groups of its own: fused SGD wants momentum for all parameters of a group or for none.
+    frozen = {parameter for part in frozen_parts(model, config.freeze) for parameter in part.parameters()}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = 0.0 if name in spared else config.weight_decay
-            groups[decay, scales.get(name, 1.0)].append(parameter)
+            groups[decay, scales.get(name, 1.0), parameter in frozen].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale, "lr": config.lr * scale}
-        for (decay, scale), parameters in groups.items()
+        for (decay, scale, _), parameters in groups.items()
     ]
 
 

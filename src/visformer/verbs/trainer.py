@@ -22,13 +22,13 @@ from visformer.config import TrainConfig
 from visformer.data import Batch, DeviceTransform, mix_seed
 from visformer.distributed import autocast
 from visformer.errors import RunError
+from visformer.freezing import frozen_parts, set_frozen
 from visformer.losses import build_loss
 from visformer.models import Visformer
 from visformer.optim import build_optimizer, set_learning_rate
 from visformer.processes import Place, several
 from visformer.schedule import learning_rates
 from visformer.sync_norm import synchronize
-from visformer.verbs.freezing import frozen_parts, set_frozen
 
 ALONE = Place()
 _MODEL_STREAM, _MIX_STREAM = 1, 2  # keep the random numbers of the model and of mixing apart
