@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
     bench: Callable[..., Any]
     convert: Callable[..., Any]
+    export: Callable[..., Any]
     pack: Callable[..., Any]
     predict: Callable[..., Any]
     quickstart: Callable[..., Any]
     report: Callable[..., Any]
+    serve: Callable[..., Any]
     train: Callable[..., Any]
     validate: Callable[..., Any]
 
@@ -39,6 +41,7 @@ __all__ = [
     "bench",
     "convert",
     "create_model",
+    "export",
     "list_models",
     "list_pretrained",
     "load",
@@ -47,6 +50,7 @@ __all__ = [
     "predict",
     "quickstart",
     "report",
+    "serve",
     "train",
     "validate",
 ]
@@ -59,7 +63,7 @@ _OBJECTS = {  # public name -> module and name there
     "Visformer": ("visformer.hub", "Visformer"),
     "Predictor": ("visformer.verbs.predictor", "Predictor"),
 }
-_VERBS = ("bench", "convert", "pack", "predict", "quickstart", "report", "train", "validate")
+_VERBS = ("bench", "convert", "export", "pack", "predict", "quickstart", "report", "serve", "train", "validate")
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,7 @@ VERBS = {
             "visformer validate --ckpt_path ckpt/best.safetensors --data_dir photos",
             "visformer validate --ckpt_path ckpt/best.safetensors --data_dir photos --json",
             "visformer validate --ckpt_path ckpt/best.safetensors --data_dir photos --output report",
+            "visformer validate bundle --self-test",
         ),
         "visformer.verbs.validate:ValidateOptions",
     ),
@@ -80,6 +81,25 @@ VERBS = {
             "visformer pack cifar packed --dataset cifar10",
         ),
         "visformer.verbs.pack:PackOptions",
+    ),
+    "export": Verb(
+        "Write a deployment bundle, an ONNX, OpenVINO or AOTInductor model that was checked against its checkpoint.",
+        (
+            "visformer export --ckpt_path ckpt/best.safetensors --output bundle",
+            "visformer export --ckpt_path ckpt/best.safetensors --format openvino --input tensor --output bundle",
+            "visformer export --ckpt_path ckpt/best.safetensors --precision int8 --calib_dir photos --data_dir photos "
+            "--output bundle",
+        ),
+        "visformer.verbs.export:ExportOptions",
+    ),
+    "serve": Verb(
+        "Answer requests over HTTP and gRPC: checkpoints and bundles, with batching and hot reload.",
+        (
+            "visformer serve ckpt/best.safetensors --port 8000",
+            "visformer serve bundle --grpc_port 8001",
+            "visformer serve models --versions all --host 0.0.0.0 --api_keys keys.txt",
+        ),
+        "visformer.verbs.serve:ServeOptions",
     ),
     "report": Verb(
         "Turn a run folder, or several side by side, into one self-contained HTML page.",

@@ -71,8 +71,10 @@ def announce(
         f"{model.num_classes} classes, {config.image_size[0]}x{config.image_size[1]} pixels, "
         f"on {describe(device)}, {precision}"
     )
+    whole = len(data.train)
+    images = f"{whole:,}" if (config.num_samples or whole) >= whole else f"{config.num_samples:,} of {whole:,}"
     console.note(
-        f"{len(data.train):,} images to train on{held_out}; {config.epoch_size} epochs of "
+        f"{images} images to train on{held_out}; {config.epoch_size} epochs of "
         f"{batches:,} batches of {config.batch_size}; writing to {config.ckpt_save_dir}"
     )
 

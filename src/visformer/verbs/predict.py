@@ -38,7 +38,7 @@ class PredictOptions:
     ckpt_path: str = option(
         "",
         "checkpoint to label with: a file that training wrote, or any that `visformer convert` reads, a URL, "
-        "hf-hub:owner/name, or a published weight's name",
+        "hf-hub:owner/name, or a published weight's name; or an exported bundle's folder",
         group="Model",
     )
     model: str = option(
@@ -116,9 +116,10 @@ def predict(options: PredictOptions) -> list[Record]:
 def _stream(options: PredictOptions) -> Iterator[Record]:
     """The records, lazily; what is wrong with the options is raised before the first."""
     from visformer.verbs.inputs import check_inputs, expand
-    from visformer.verbs.validate import load_named
+    from visformer.verbs.validate import load_named, refuse_half
 
     check_inputs(options.inputs)
+    refuse_half(options.ckpt_path, "amp_level", options.amp_level)
     model = load_named(options.ckpt_path, options.model)
 
     from visformer.data.loader import available_cores

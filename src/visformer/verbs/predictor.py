@@ -27,6 +27,7 @@ from visformer.data.loader import available_cores
 from visformer.data.preprocessing import Preprocessing
 from visformer.distributed import autocast, select_device
 from visformer.errors import UsageError
+from visformer.export.bundle import is_bundle
 from visformer.pretrained import load
 
 T = TypeVar("T")
@@ -37,10 +38,10 @@ ImageLike = str | Path | bytes | Image.Image | np.ndarray
 class Predictor:
     """Labels images with a classifier.
 
-    `model` is a checkpoint, as `visformer.load` takes it, or a model as that returns it (it is moved to the device and
-    set to eval mode). `device` is auto, cpu, cuda, mps, xpu or npu; `amp_level` O0 computes in fp32, O1 to O3 in
-    `amp_dtype` (bf16 or fp16). `num_workers` is the number of decoding threads (None: one for each core, at most 8; 0:
-    none).
+    `model` is a checkpoint, as `visformer.load` takes it, an exported bundle, or a model as `load` returns it (it is
+    moved to the device and set to eval mode; a bundle's engine computes on the CPU, in its own precision). `device` is
+    auto, cpu, cuda, mps, xpu or npu; `amp_level` O0 computes in fp32, O1 to O3 in `amp_dtype` (bf16 or fp16).
+    `num_workers` is the number of decoding threads (None: one for each core, at most 8; 0: none).
     Raises `UsageError` for a checkpoint that can't be used.
     """
 
@@ -59,7 +60,7 @@ class Predictor:
             if value < 1:
                 raise UsageError(f"{name}: {value} is out of range; it must be at least 1")
         self.device = select_device(device)
-        loaded: Any = model if isinstance(model, nn.Module) else load(model)
+        loaded: Any = model if isinstance(model, nn.Module) else _load(model)
         self.class_names: list[str] = list(loaded.class_names)
         if not self.class_names:
             raise UsageError(f"{model}: has no classes, so it gives features and not labels")
@@ -139,6 +140,15 @@ class Predictor:
         label = self.class_names[index]
         words = {"description": self.descriptions[label]} if label in self.descriptions else {}
         return {"label": label, **words, "index": index, "probability": probability}
+
+
+def _load(source: str | Path) -> nn.Module:
+    """The model of a checkpoint or a bundle."""
+    if not is_bundle(source):
+        return load(source)
+    from visformer.export.adapter import bundle_model
+
+    return bundle_model(source)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -1,10 +1,11 @@
 """`visformer validate`: the accuracy of a checkpoint on a labelled set, in total and class by class.
 
     visformer validate --ckpt_path run/best.safetensors --data_dir photos --output report
+    visformer validate bundle --self-test
 
 Classes are matched by name, never by folder order. A folder that was split on the spot for training is measured on
 the part that the run held out, which it recorded in split.json beside its checkpoints; `--val_split all` takes every
-image.
+image. An exported bundle is measured like a checkpoint; its self-test runs the sample images that it carries.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class ValidateOptions:
     ckpt_path: str = option(
         "",
         "checkpoint to measure: a file that training wrote, or any that `visformer convert` reads, a URL, "
-        "hf-hub:owner/name, or a published weight's name",
+        "hf-hub:owner/name, or a published weight's name; or an exported bundle's folder",
         group="Model",
+        positional=True,
+    )
+    self_test: bool = option(
+        False, "of a bundle: run its sample images and compare the logits with those recorded; needs no other data"
     )
     model: str = option(
         "", "name that the checkpoint's model must have; empty: any. With .mindcv, .authors or .timm: whose conventions"
@@ -72,12 +77,16 @@ class ValidateOptions:
             raise UsageError(
                 f"num_parallel_workers: {self.num_parallel_workers} is out of range; it must be at least 0"
             )
+        if self.self_test and self.output:
+            raise UsageError("output: the self-test writes no files; leave it out, or take --json")
         if self.output and Path(self.output).exists() and not Path(self.output).is_dir():
             raise UsageError(f"output: {self.output} is a file; give a folder for the report's files")
 
 
 def run(options: ValidateOptions) -> int:
     """Validate, print the report, and return the exit code."""
+    if options.self_test:
+        return _self_test(options)
     report = validate(options)
     if options.json:
         if report.skipped:
@@ -105,6 +114,7 @@ def validate(options: ValidateOptions) -> Report:
     from visformer.verbs.evaluation import evaluate
 
     model: Any = load_named(options.ckpt_path, options.model)
+    refuse_half(options.ckpt_path, "val_amp_level", options.val_amp_level)
     device = select_device(options.device_target)
     source, split = open_labelled(options, model.preprocessing.in_channels)
     mapping = class_mapping(source.class_names, model.class_names)
@@ -147,16 +157,54 @@ def validate(options: ValidateOptions) -> Report:
     return report
 
 
+def _self_test(options: ValidateOptions) -> int:
+    """Run a bundle's samples, say what came of it, and return 0 if all are as recorded, else 1."""
+    from visformer.export.bundle import Bundle
+    from visformer.export.self_test import self_test
+
+    if not options.ckpt_path:
+        raise UsageError("ckpt_path: no bundle given; name its folder, as in visformer validate BUNDLE --self-test")
+    result = self_test(Bundle.open(options.ckpt_path))
+    if options.json:
+        console.print_json(result.to_dict())
+        return 0 if result.passed else 1
+    for sample in result.samples:
+        verdict = "ok" if sample["passed"] else "WRONG"
+        print(f"{sample['file']}  {verdict}  {sample['label']}, largest difference {sample['largest_difference']}")
+    for name in result.changed_files:
+        print(f"{name}  CHANGED  its content is not what was exported")
+    print(
+        f"{options.ckpt_path}: self-test {'passed' if result.passed else 'FAILED'} with {result.bundle.engine_name}, "
+        f"{result.bundle.precision}; a logit may differ by {result.bundle.tolerance:.3g}"
+    )
+    return 0 if result.passed else 1
+
+
 def load_named(ckpt_path: str, name: str) -> Any:
-    """Load the model of a checkpoint; with a `name`, raise `UsageError` if it is another model's."""
+    """Load the model of a checkpoint or bundle; with a `name`, raise `UsageError` if it is another model's."""
+    from visformer.export.bundle import is_bundle
     from visformer.pretrained import load
 
     if not ckpt_path:
         raise UsageError("ckpt_path: no checkpoint given; name one with --ckpt_path RUN/best.safetensors")
+    if is_bundle(ckpt_path):
+        from visformer.export.adapter import bundle_model
+
+        return bundle_model(ckpt_path, name)
     model: Any = load(ckpt_path, model=name or None)
     if not model.class_names:
         raise UsageError(f"{ckpt_path}: its model has no classes, so it gives features and not labels")
     return model
+
+
+def refuse_half(ckpt_path: str, name: str, amp_level: str) -> None:
+    """Raise `UsageError` when half precision is asked of a bundle, whose precision was decided by its export."""
+    from visformer.export.bundle import is_bundle
+
+    if amp_level != "O0" and is_bundle(ckpt_path):
+        raise UsageError(
+            f"{name}: {amp_level} is for checkpoints; a bundle computes in the precision it was exported in"
+        )
 
 
 def open_labelled(options: ValidateOptions, channels: int) -> tuple[ImageSource, str]:
