@@ -46,7 +46,7 @@ def test_pack_train_and_validate_as_from_the_folder(photos, tmp_path, capsys):
     out = tmp_path / "packed"
     assert pack(photos, out) == 0
     told = capsys.readouterr()
-    assert "train: 12 images\n" in told.err and "train          12 images in 1 shards, 0.0 MB" in told.out
+    assert "train: 12 images\n" in told.err and "train          12 images in 1 shard, 0.0 MB" in told.out
     assert f"{out}: 2 classes, packed in " in told.out and f"train with visformer train --data_dir {out}" in told.out
     for data, run in ((photos, "a"), (out, "b"), (f"file://{out}", "c")):
         os.environ["VISFORMER_CACHE"] = str(tmp_path / "cache")
@@ -86,7 +86,7 @@ def test_images_that_cant_be_read_are_left_out_and_named(photos, tmp_path, capsy
     for kind in ("webdataset", "uint8"):
         assert pack(photos, tmp_path / kind, "--format", kind) == 0
         told = capsys.readouterr().out
-        assert "10 images in 1 shards" in told
+        assert "10 images in 1 shard" in told
         assert f"left out {photos / 'ash' / '2.jpg'}: not an image in a format that can be read" in told
         assert f"left out {photos / 'rose' / '3.jpg'}: cut short" in told
 

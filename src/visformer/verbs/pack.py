@@ -100,7 +100,8 @@ def run(options: PackOptions) -> int:
         console.print_json(result.to_dict())
         return 0
     for name, split in result.splits.items():
-        print(f"{name:<6} {split['images']:>10,} images in {split['shards']:,} shards, {split['bytes'] / 1e6:,.1f} MB")
+        shards = "1 shard" if split["shards"] == 1 else f"{split['shards']:,} shards"
+        print(f"{name:<6} {split['images']:>10,} images in {shards}, {split['bytes'] / 1e6:,.1f} MB")
     for name, reason in result.skipped[:SHOWN]:
         print(f"left out {name}: {reason}")
     if len(result.skipped) > SHOWN:
