@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from visformer import models
+    from visformer.client import AsyncClient, Client
     from visformer.hub import Visformer, list_pretrained
     from visformer.models import list_models
     from visformer.pretrained import create_model, load
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     validate: Callable[..., Any]
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "Predictor",
     "Visformer",
     "bench",
@@ -62,6 +65,8 @@ _OBJECTS = {  # public name -> module and name there
     "load": ("visformer.pretrained", "load"),
     "Visformer": ("visformer.hub", "Visformer"),
     "Predictor": ("visformer.verbs.predictor", "Predictor"),
+    "Client": ("visformer.client", "Client"),
+    "AsyncClient": ("visformer.client", "AsyncClient"),
 }
 _VERBS = ("bench", "convert", "export", "pack", "predict", "quickstart", "report", "serve", "train", "validate")
 
