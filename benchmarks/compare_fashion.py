@@ -1,4 +1,4 @@
-"""Visformer-tiny beside ResNet-18 and DeiT-tiny (timm's), under one recipe on Fashion-MNIST.
+"""Visformer-tiny, V1 and V2, beside ResNet-18 and DeiT-tiny (timm's), under one recipe on Fashion-MNIST.
 
     python benchmarks/compare_fashion.py --data_dir /usr/share/datasets/fashion-mnist --output fashion.json
 
@@ -38,7 +38,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeiT-tiny, patches of 16": (DEIT, {"img_size": 32}),
     "DeiT-tiny, patches of 8": (DEIT, {"img_size": 32, "patch_size": 8}),
 }
-OURS = "Visformer-tiny"
+OURS = {"Visformer-tiny": "visformer_tiny", "Visformer-tiny V2": "visformer_tiny_v2"}
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--num_samples", type=int, help="training images; all unless given")
     parser.add_argument("--amp_level", default="O0", help="O2: bf16")
-    parser.add_argument("--models", nargs="*", default=[OURS, *PEERS])
+    parser.add_argument("--models", nargs="*", default=[*OURS, *PEERS])
     parser.add_argument("--output", type=Path, default=Path("fashion.json"))
     options = parser.parse_args()
     config: TrainConfig = from_keywords(
@@ -78,9 +78,9 @@ def main() -> None:
 def build(name: str, config: TrainConfig) -> Any:
     """The network with random weights that are a function of the seed."""
     torch.manual_seed(config.seed)
-    if name == OURS:
+    if name in OURS:
         return create_model(
-            config.model, num_classes=10, image_size=32, in_channels=1, drop_path_rate=config.drop_path_rate
+            OURS[name], num_classes=10, image_size=32, in_channels=1, drop_path_rate=config.drop_path_rate
         )
     timm_name, changes = PEERS[name]
     return timm.create_model(timm_name, num_classes=10, in_chans=1, drop_path_rate=config.drop_path_rate, **changes)

@@ -91,7 +91,7 @@ def test_nothing_but_weights_and_images_is_a_whole_recipe(weights, photos, tmp_p
     assert (used.freeze, used.warmup_epochs, used.decay_epochs) == ("none", 1, 1)  # too short for the head alone
     assert used.batch_size == 8
     assert "head rows kept for 3 classes" in err and "recipe for 18 images (up to 1,000)" in err
-    assert "2 epochs of batches of 8; each layer at 0.7" in err and "15 epochs without a better" in err
+    assert "2 epochs of batches of 8; each layer at 0.85" in err and "15 epochs without a better" in err
 
 
 def test_what_is_given_stays(weights, photos, tmp_path):
@@ -134,9 +134,10 @@ def test_every_size_has_a_recipe_that_can_run(images, processes, epochs):
 
 def test_the_more_images_the_fewer_epochs_and_the_freer_the_layers():
     rows = [fine_tuning.recipe(images) for images in (500, 5_000, 50_000, 500_000)]
-    for name, rising in (("epoch_size", False), ("layer_decay", True), ("batch_size", True), ("lr", True)):
+    for name, rising in (("epoch_size", False), ("layer_decay", True), ("batch_size", True)):
         values = [row[name] for row in rows]
-        assert values == sorted(values, reverse=not rising) and len(set(values)) == 4, name
+        assert values == sorted(values, reverse=not rising) and len(set(values)) >= 3, name
+    assert fine_tuning.recipe(500_000, processes=2)["lr"] == pytest.approx(1e-3 * 2**0.5)
 
 
 def test_a_resumed_run_keeps_the_recipe_it_began_with(weights, photos, tmp_path, monkeypatch):

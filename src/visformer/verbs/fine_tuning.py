@@ -37,15 +37,15 @@ class Row:
 
 
 TABLE = (
-    Row(images=1_000, batch_size=16, epochs=50, head_epochs=5, layer_decay=0.7, patience=15, mixup=0.0),
-    Row(images=10_000, batch_size=32, epochs=30, head_epochs=2, layer_decay=0.75, patience=10, mixup=0.0),
-    Row(images=100_000, batch_size=64, epochs=20, head_epochs=1, layer_decay=0.8, patience=6, mixup=0.2),
-    Row(images=math.inf, batch_size=128, epochs=15, head_epochs=0, layer_decay=0.85, patience=None, mixup=0.2),
+    Row(images=1_000, batch_size=16, epochs=50, head_epochs=5, layer_decay=0.85, patience=15, mixup=0.0),
+    Row(images=10_000, batch_size=32, epochs=30, head_epochs=2, layer_decay=0.85, patience=10, mixup=0.0),
+    Row(images=100_000, batch_size=64, epochs=20, head_epochs=1, layer_decay=0.88, patience=6, mixup=0.2),
+    Row(images=math.inf, batch_size=128, epochs=15, head_epochs=0, layer_decay=0.9, patience=None, mixup=0.2),
 )
 LEAST_BATCHES = 4  # in an epoch, or the batch is made smaller,
 LEAST_BATCH = 8  # but not below this, for BatchNorm's sake
-LR_PER_IMAGE = 5e-4 / 32  # of a batch, over all devices
-MOST_LR = 2e-3
+LR = 1e-3  # for a row's batch on one device; it grows with the root of the global batch, as AdamW's steps allow,
+MOST_LR = 2e-3  # up to this
 
 _ADOPTED = ("model", "image_resize", "in_channels", "mean", "std", "crop_pct", "interpolation")
 
@@ -99,7 +99,7 @@ def recipe(images: int, processes: int = 1, accelerator: bool = False) -> dict[s
     row = next(row for row in TABLE if images <= row.images)
     fits = max(images // (LEAST_BATCHES * processes), min(LEAST_BATCH, images // processes), 1)
     batch_size = min(row.batch_size, 1 << (fits.bit_length() - 1))
-    lr = min(LR_PER_IMAGE * batch_size * processes, MOST_LR)
+    lr = min(LR * math.sqrt(batch_size * processes / row.batch_size), MOST_LR)
     steps = row.epochs * max(1, images // (batch_size * processes))
     return {
         "batch_size": batch_size,
