@@ -22,8 +22,11 @@ def class_names() -> list[str]:
 
 
 def describe(names: Sequence[str]) -> dict[str, str]:
-    """Words for those of `names` that are classes of ImageNet: {"n02099601": "golden retriever"}."""
-    if not any(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in names):
+    """Words for those of `names` that are classes of ImageNet: {"n02099601": "golden retriever"}.
+
+    None where timm, which has them, is not installed, as on a server that runs bundles alone.
+    """
+    if not any(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in names) or find_spec("timm") is None:
         return {}
     known = set(class_names())
     words = dict(line.split("\t", 1) for line in _lines("imagenet_synset_to_lemma.txt"))
