@@ -118,6 +118,23 @@ def test_a_config_made_in_python_is_taken_as_it_is():
     assert not fine_tuning.applies(resumed)
 
 
+def test_a_file_says_all_there_is_to_say(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("pretrained: x.safetensors\nlr: 0.1\n")
+    assert not fine_tuning.applies(from_keywords(TrainConfig, {}, config=file))
+    asked = from_keywords(TrainConfig, {"fine_tune": "auto"}, config=file)
+    assert fine_tuning.applies(asked)
+    chosen = fine_tuning.choose(asked, 5_000, 1, False, None)
+    assert (chosen.lr, chosen.epoch_size) == (0.1, 30)
+
+
+@pytest.mark.slow
+def test_processes_that_it_starts_choose_the_same(weights, photos, tmp_path):
+    result = train(options(weights, photos, tmp_path / "run", num_devices=2, epoch_size=1))
+    used = recorded(tmp_path / "run")
+    assert result.last.exists() and (used.opt, used.image_size, used.recipe_devices) == ("adamw", (48, 48), 2)
+
+
 @given(images=st.integers(2, 3_000_000), processes=st.sampled_from([1, 2, 8]), epochs=st.none() | st.integers(1, 300))
 def test_every_size_has_a_recipe_that_can_run(images, processes, epochs):
     keywords = {"pretrained": "x"} | ({} if epochs is None else {"epoch_size": epochs})

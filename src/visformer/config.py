@@ -152,8 +152,8 @@ class TrainConfig:
     ckpt_path: str = option("", "as pretrained, as MindCV names it; with resume_opt, the run's checkpoint to continue")
     fine_tune: Literal["auto", "off"] = option(
         "auto",
-        "auto: with weights to start from, options that are not given take the weights' own model and preprocessing, "
-        "and a recipe for as many images as there are; off: the defaults of this help",
+        "auto: with weights to start from and no file of options, those that are not given take the weights' own model "
+        "and preprocessing, and a recipe for as many images as there are; off: the defaults of this help",
     )
     freeze: Literal["none", "stem", "stage1", "stage2", "stage3", "stage4", "backbone"] = option(
         "none",
@@ -260,12 +260,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.given: frozenset[str] | None = None  # what was set by file, flag or keyword; None: not known
+        self.from_file = False  # whether a file or recipe was among them
         check(self)
 
     def change(self, **values: Any) -> TrainConfig:
         """A copy with other values, which remembers what was given."""
         changed = dataclasses.replace(self, **values)
-        changed.given = self.given
+        changed.given, changed.from_file = self.given, self.from_file
         return changed
 
     def without_effect(self) -> dict[str, str]:

@@ -45,7 +45,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str) -> T:
     `prog` is the command's name. Raises `UsageError` for what is unknown, missing, of the wrong type or out of range.
     """
     config, given = _read_command_line(cls, argv, prog)
-    return _build(cls, {**_read_config(cls, config), **given})
+    return _build(cls, {**_read_config(cls, config), **given}, from_file=config is not None)
 
 
 def from_keywords(cls: type[T], keywords: Mapping[str, Any], *, config: str | os.PathLike | None = None) -> T:
@@ -55,7 +55,8 @@ def from_keywords(cls: type[T], keywords: Mapping[str, Any], *, config: str | os
         if name not in known:
             raise UsageError(f"{name}: no such option{nearest(name, [*known, 'config'])}")
     given = {name: Given(value) for name, value in keywords.items()}
-    return _build(cls, {**_read_config(cls, None if config is None else os.fspath(config)), **given})
+    read = _read_config(cls, None if config is None else os.fspath(config))
+    return _build(cls, {**read, **given}, from_file=config is not None)
 
 
 def to_yaml(options: Any, names: Collection[str] | None = None) -> str:
@@ -236,7 +237,7 @@ def _read_mapping(path: Path) -> list[tuple[str, Any, int]]:
 # ---- values
 
 
-def _build(cls: type[T], given: Mapping[str, Given]) -> T:
+def _build(cls: type[T], given: Mapping[str, Given], *, from_file: bool) -> T:
     """Give each value its type and construct `cls`, whose complaint about a range gets the value's origin added."""
     hints = _hints(cls)
     values = {}
@@ -251,7 +252,7 @@ def _build(cls: type[T], given: Mapping[str, Given]) -> T:
         name = str(error).partition(":")[0]
         raise UsageError(f"{error}{given[name].at() if name in given else ''}") from None
     if isinstance(options, TrainConfig):
-        options.given = frozenset(values)
+        options.given, options.from_file = frozenset(values), from_file
     return options
 
 

@@ -51,9 +51,11 @@ _ADOPTED = ("model", "image_resize", "in_channels", "mean", "std", "crop_pct", "
 
 
 def applies(config: TrainConfig) -> bool:
-    """True when this run begins with weights, and leaves it to us what was not given."""
+    """True when this run begins with weights, and leaves it to us what was not given: a file says all there is to say,
+    unless `fine_tune` is in it or beside it."""
     begins = bool(config.pretrained or config.ckpt_path) and not config.resume_opt
-    return begins and config.fine_tune == "auto" and config.given is not None
+    left_to_us = config.given is not None and (not config.from_file or "fine_tune" in config.given)
+    return begins and left_to_us and config.fine_tune == "auto"
 
 
 def adopt(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:

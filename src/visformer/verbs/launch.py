@@ -78,7 +78,8 @@ def start_processes(config: TrainConfig, count: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="visformer-") as folder:
         options, result = Path(folder) / "options.yaml", Path(folder) / "result.json"
-        options.write_text(to_yaml(config, config.given), encoding="utf-8")
+        names = config.given if config.given is None or config.from_file else config.given | {"fine_tune"}
+        options.write_text(to_yaml(config, names), encoding="utf-8")
         shared = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         shared |= {RESULT: str(result), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(count))}
         command = [sys.executable, "-m", "visformer", "train", "-c", str(options)]
