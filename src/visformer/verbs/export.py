@@ -23,10 +23,10 @@ from visformer.errors import RunError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from visformer.bundles.build import Images
+    from visformer.bundles.bundle import Bundle
+    from visformer.bundles.engines import Engine
     from visformer.data.sources import ImageSource
-    from visformer.export.build import Images
-    from visformer.export.bundle import Bundle
-    from visformer.export.engines import Engine
 
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
@@ -123,7 +123,7 @@ def export(options: ExportOptions) -> Bundle:
     Raises `UsageError` for what can't be exported so, and `RunError` when the result differs or loses too much.
     """
     _check(options)
-    from visformer.export.build import Request, build
+    from visformer.bundles.build import Request, build
     from visformer.verbs.validate import load_named
 
     model = load_named(options.ckpt_path, options.model)
@@ -168,14 +168,14 @@ def _check(options: ExportOptions) -> None:
         )
     if options.precision == "int8" and not Path(options.calib_dir).is_dir():
         raise UsageError(f"calib_dir: {options.calib_dir} is no folder")
-    from visformer.export.build import check_destination
-    from visformer.export.bundle import is_bundle
+    from visformer.bundles.build import check_destination
+    from visformer.bundles.bundle import is_bundle
 
     check_destination(Path(options.output), options.overwrite)
     if is_bundle(options.ckpt_path):
         raise UsageError(f"ckpt_path: {options.ckpt_path} is a bundle already; give the checkpoint it came from")
     if options.format == "torch":
-        from visformer.export.torch_files import check_compiler
+        from visformer.bundles.torch_files import check_compiler
 
         check_compiler()
 
@@ -184,8 +184,8 @@ def _calibration(options: ExportOptions, channels: int) -> Images:
     """The images of calib_dir, spread evenly; each is read when it is asked for."""
     if options.precision != "int8":
         return ()
+    from visformer.bundles.samples import as_channels
     from visformer.data.decode import open_image
-    from visformer.export.samples import as_channels
     from visformer.verbs.inputs import images_below
 
     paths = list(images_below(options.calib_dir))
@@ -218,8 +218,8 @@ class _Labelled:
 
     def images(self, count: int) -> list[Callable[[], np.ndarray]]:
         """At most `count` of the images that can be read, as functions that give uint8 (H, W, channels)."""
+        from visformer.bundles.samples import as_channels
         from visformer.data.decode import ImageError
-        from visformer.export.samples import as_channels
 
         channels = self.model.preprocessing.in_channels
         readable = []
@@ -233,7 +233,7 @@ class _Labelled:
 
     def measure(self, bundle: Bundle, engine: Engine) -> dict[str, Any]:
         """Top-1 and top-5 of source and bundle, percent. Raises `RunError` when the bundle loses more than max_drop."""
-        from visformer.export.adapter import BundleModel
+        from visformer.bundles.adapter import BundleModel
 
         console.note(f"measuring {len(self.source):,} images with the source and with the bundle")
         before, after = self._top(self.model), self._top(BundleModel(bundle, engine).eval())

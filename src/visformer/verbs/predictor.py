@@ -21,13 +21,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from visformer.bundles.bundle import is_bundle
 from visformer.data import imagenet
 from visformer.data.decode import MODES, ImageError, open_image
 from visformer.data.loader import available_cores
 from visformer.data.preprocessing import Preprocessing
 from visformer.distributed import autocast, select_device
 from visformer.errors import UsageError
-from visformer.export.bundle import is_bundle
 from visformer.pretrained import load
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ def _load(source: str | Path) -> nn.Module:
     """The model of a checkpoint or a bundle."""
     if not is_bundle(source):
         return load(source)
-    from visformer.export.adapter import bundle_model
+    from visformer.bundles.adapter import bundle_model
 
     return bundle_model(source)
 

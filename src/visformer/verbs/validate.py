@@ -159,8 +159,8 @@ def validate(options: ValidateOptions) -> Report:
 
 def _self_test(options: ValidateOptions) -> int:
     """Run a bundle's samples, say what came of it, and return 0 if all are as recorded, else 1."""
-    from visformer.export.bundle import Bundle
-    from visformer.export.self_test import self_test
+    from visformer.bundles.bundle import Bundle
+    from visformer.bundles.self_test import self_test
 
     if not options.ckpt_path:
         raise UsageError("ckpt_path: no bundle given; name its folder, as in visformer validate BUNDLE --self-test")
@@ -182,13 +182,13 @@ def _self_test(options: ValidateOptions) -> int:
 
 def load_named(ckpt_path: str, name: str) -> Any:
     """Load the model of a checkpoint or bundle; with a `name`, raise `UsageError` if it is another model's."""
-    from visformer.export.bundle import is_bundle
+    from visformer.bundles.bundle import is_bundle
     from visformer.pretrained import load
 
     if not ckpt_path:
         raise UsageError("ckpt_path: no checkpoint given; name one with --ckpt_path RUN/best.safetensors")
     if is_bundle(ckpt_path):
-        from visformer.export.adapter import bundle_model
+        from visformer.bundles.adapter import bundle_model
 
         return bundle_model(ckpt_path, name)
     model: Any = load(ckpt_path, model=name or None)
@@ -199,7 +199,7 @@ def load_named(ckpt_path: str, name: str) -> Any:
 
 def refuse_half(ckpt_path: str, name: str, amp_level: str) -> None:
     """Raise `UsageError` when half precision is asked of a bundle, whose precision was decided by its export."""
-    from visformer.export.bundle import is_bundle
+    from visformer.bundles.bundle import is_bundle
 
     if amp_level != "O0" and is_bundle(ckpt_path):
         raise UsageError(

@@ -1,0 +1,236 @@
+"""What runs a bundle, or a checkpoint: one interface, whoever computes.
+
+`run` takes a preprocessed batch and `run_image` one decoded image; both give logits. They may be called from several
+threads at once. An engine is imported when it is opened; only the torch engines need torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from visformer.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from visformer.bundles.bundle import Bundle
+    from visformer.bundles.pixels import ImagePreprocessing
+
+_INSTALL = {"onnxruntime": "visformer[export]", "openvino": "visformer[export]", "torch": "visformer"}
+
+
+class Engine(Protocol):
+    """A model that is loaded."""
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """float32 (B, C, H, W), preprocessed -> logits, float32 (B, classes)"""
+        ...
+
+    def run_image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, channels) of any size, RGB order -> logits, float32 (classes,)"""
+        ...
+
+
+def open_engine(bundle: Bundle, threads: int | None, cache_dir: Path | None) -> Engine:
+    """See `Bundle.engine`."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads: {threads} is out of range; it must be at least 1")
+    opened = {"onnxruntime": _OnnxModels, "openvino": _OpenVinoModels, "torch": _TorchModels}[bundle.engine_name]
+    return BundleEngine(bundle, opened(bundle, threads, cache_dir))
+
+
+class BundleEngine:
+    """The engine of a bundle. The graph for batches is loaded at once, that for images when it is first asked for."""
+
+    def __init__(self, bundle: Bundle, models: _Models) -> None:
+        self.bundle = bundle
+        self._models = models
+        self._lock = threading.Lock()
+        self._run_batch = self._load("batch")
+        self._run_one: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """float32 (B, C, H, W), preprocessed -> logits, float32 (B, classes). Raises `UsageError` for another shape."""
+        channels = self.bundle.preprocessing.in_channels
+        height, width = self.bundle.preprocessing.image_size
+        fits = batch.ndim == 4 and batch.shape[1] == channels and len(batch)
+        if not self.bundle.document["dynamic_image_size"]:
+            fits = fits and batch.shape[2:] == (height, width)
+        elif fits:
+            fits = all(side > 0 and side % 32 == 0 for side in batch.shape[2:])
+        if not fits or batch.dtype != np.float32:
+            raise UsageError(
+                f"batch: {batch.dtype} {batch.shape} does not fit; give float32 (B, {channels}, {height}, {width})"
+            )
+        return self._run_batch(np.ascontiguousarray(batch))
+
+    def run_image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, channels) of any size, RGB order -> logits, float32 (classes,).
+
+        A bundle with `input` image does it in its graph; for the others it is preprocessed here.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or not image.size or image.shape[2] > 4:
+            raise UsageError(
+                f"image: {image.dtype} {image.shape} does not fit; give uint8 (height, width, 1 to 4 channels)"
+            )
+        if self.bundle.input == "tensor":
+            return self._run_batch(self.bundle.preprocessing([to_picture(image)]))[0]
+        with self._lock:
+            self._run_one = self._run_one or self._load("image")
+        return self._run_one(np.ascontiguousarray(image))[0]
+
+    def _load(self, which: str) -> Callable[[np.ndarray], np.ndarray]:
+        try:
+            return getattr(self._models, which)()
+        except ImportError as error:
+            package = _INSTALL[self.bundle.engine_name]
+            raise UsageError(
+                f"{self.bundle.path}: needs {self.bundle.engine_name} ({error}): pip install '{package}'"
+            ) from None
+        except Exception as error:  # each engine has its own kinds
+            reason = " ".join(str(error).split())[:300]
+            raise RunError(f"{self.bundle.path}: {self.bundle.engine_name} can't load the model: {reason}") from error
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 1 to 4) -> a PIL image: grey, grey and alpha, RGB, RGB and alpha."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+# ---- the engines: what loads a graph and gives a function from its input to its logits
+
+
+class _Models(Protocol):
+    def batch(self) -> Callable[[np.ndarray], np.ndarray]: ...
+
+    def image(self) -> Callable[[np.ndarray], np.ndarray]: ...
+
+
+class _Files:
+    """What every kind of bundle has: a file for the graph of its input, and one for batches."""
+
+    def __init__(self, bundle: Bundle, threads: int | None, cache_dir: Path | None) -> None:
+        self.bundle, self.threads, self.cache_dir = bundle, threads, cache_dir
+        document = bundle.document
+        self.model_file = str(bundle.path / document["model_file"])
+        self.batch_file = str(bundle.path / (document.get("batch_file") or document["model_file"]))
+
+
+class _OnnxModels(_Files):
+    def batch(self) -> Callable[[np.ndarray], np.ndarray]:
+        return self._session(self.batch_file)
+
+    def image(self) -> Callable[[np.ndarray], np.ndarray]:
+        return self._session(self.model_file)
+
+    def _session(self, file: str) -> Callable[[np.ndarray], np.ndarray]:
+        ort = importlib.import_module("onnxruntime")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+        return lambda array: session.run(["logits"], {given.name: array})[0]
+
+
+class _OpenVinoModels(_Files):
+    def batch(self) -> Callable[[np.ndarray], np.ndarray]:
+        return self._compiled(lambda model: model if self.bundle.input == "tensor" else _from_images(model, self.shape))
+
+    def image(self) -> Callable[[np.ndarray], np.ndarray]:
+        return self._compiled(lambda model: model)
+
+    @property
+    def shape(self) -> list[int]:
+        preprocessing = self.bundle.preprocessing
+        return [-1, preprocessing.in_channels, *preprocessing.image_size]
+
+    def _compiled(self, change: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
+        ov = importlib.import_module("openvino")
+        settings: dict[str, Any] = dict(self.bundle.document["engine_options"])
+        if self.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self.threads
+        if self.cache_dir is not None:
+            settings["CACHE_DIR"] = str(self.cache_dir)
+        core = ov.Core()
+        compiled = core.compile_model(change(core.read_model(self.model_file)), "CPU", settings)
+        requests = threading.local()  # a request serves one thread at a time
+
+        def run(array: np.ndarray) -> np.ndarray:
+            if not hasattr(requests, "own"):
+                requests.own = compiled.create_infer_request()
+            return np.array(requests.own.infer({0: array})[0])
+
+        return run
+
+
+def _from_images(model: Any, shape: list[int]) -> Any:
+    """The part of an OpenVINO model behind the preprocessing, whose result is named `images`."""
+    ov = importlib.import_module("openvino")
+    cut = next(out for node in model.get_ops() for out in node.outputs() if "images" in out.names)
+    images = ov.opset13.parameter(ov.PartialShape(shape), ov.Type.f32, "images")
+    for target in cut.get_target_inputs():
+        target.replace_source_output(images.output(0))
+    return ov.Model(model.get_results(), [images], "visformer")
+
+
+class _TorchModels(_Files):
+    def batch(self) -> Callable[[np.ndarray], np.ndarray]:
+        return self._package(self.batch_file)
+
+    def image(self) -> Callable[[np.ndarray], np.ndarray]:
+        return self._package(self.model_file)
+
+    def _package(self, file: str) -> Callable[[np.ndarray], np.ndarray]:
+        torch = importlib.import_module("torch")
+        inductor = importlib.import_module("torch._inductor")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        package = inductor.aoti_load_package(file)
+
+        def run(array: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return package(torch.from_numpy(array)).numpy()
+
+        return run
+
+
+class CheckpointEngine:
+    """A model of ours, computed by torch. `device` and `precision` (fp32, bf16, fp16) are as `validate` has them."""
+
+    def __init__(self, model: Any, *, device: str = "auto", precision: str = "fp32", threads: int | None = None):
+        import torch
+
+        from visformer.distributed import autocast, select_device
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device = select_device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        level = "O0" if precision == "fp32" else "O1"
+        self._precision = functools.partial(autocast, self.device, level, "bf16" if level == "O0" else precision)
+
+    @property
+    def preprocessing(self) -> ImagePreprocessing:
+        """Of the model, without torch."""
+        from visformer.bundles.pixels import ImagePreprocessing
+
+        return ImagePreprocessing.from_dict(self.model.preprocessing.to_dict())
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """float32 (B, C, H, W), preprocessed -> logits, float32 (B, classes)"""
+        import torch
+
+        with torch.inference_mode(), self._precision():
+            return self.model(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+
+    def run_image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, channels) of any size, RGB order -> logits, float32 (classes,)"""
+        return self.run(self.preprocessing([to_picture(image)]))[0]

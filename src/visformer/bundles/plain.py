@@ -1,0 +1,172 @@
+"""A model in the form that a graph compiler likes: the same function, fewer and plainer operations.
+
+Training keeps maps in channels_last and does 1x1 convolutions as matrix products; exported as it stands, each becomes
+a product between two transposes. Here they are convolutions again, attention moves its positions once each way, and
+every BatchNorm is folded into the convolution beside it: into that before it (stem and patch embeddings), that after it
+(blocks; exact, as a 1x1 convolution pads nothing) or the head.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+from torch import Tensor, nn
+
+from visformer.bundles.image_graph import CUBIC, Axis
+from visformer.errors import UsageError
+from visformer.models import Visformer
+from visformer.models.attention import Attention, WindowAttention
+from visformer.models.layers import PatchEmbed, PatchProjection, PointwiseConv, PositionEmbed, Residual, pad_to_multiple
+
+
+def plain(model: Visformer, *, dynamic_size: bool = False) -> nn.Module:
+    """A copy of `model`, in evaluation mode, that gives the same logits to within rounding; `model` stays as it is.
+
+    With `dynamic_size` it takes any size whose sides are multiples of 32. Raises `UsageError` for a model of windows,
+    whose number is part of its shape.
+    """
+    if dynamic_size and any(stage.window for stage in model.config.stages):
+        raise UsageError("dynamic_image_size: a model with windowed attention is exported at one size only")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(model.modules()):
+        if isinstance(module, PatchEmbed):
+            _fold_after(module, "proj", "norm")
+        elif isinstance(module, Residual):
+            _fold_before(module)
+    if isinstance(model.stem, nn.Sequential):
+        _fold_after(model.stem, "0", "1")
+    _replace(model, dynamic_size)
+    return PlainModel(model)
+
+
+class PlainModel(nn.Module):
+    """The stages and the head of a model whose parts are plain."""
+
+    def __init__(self, model: Visformer):
+        super().__init__()
+        self.stem, self.stages, self.norm, self.head = model.stem, model.stages, model.norm, model.head
+        if isinstance(self.norm, nn.BatchNorm2d) and isinstance(self.head, nn.Linear):
+            self.norm, self.head = nn.Identity(), _folded_head(self.norm, self.head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> logits (B, num_classes)"""
+        return self.head(self.norm(self.stages(self.stem(images))).mean((2, 3)))
+
+
+class PlainPatchEmbed(nn.Module):
+    """`PatchEmbed` as a convolution whose kernel is its stride."""
+
+    def __init__(self, embed: PatchEmbed):
+        super().__init__()
+        self.patch_size, self.norm = embed.patch_size, embed.norm
+        self.proj = _conv(cast(PatchProjection, embed.proj).weight, embed.proj.bias, stride=embed.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, ceil(H / patch_size), ceil(W / patch_size))"""
+        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)))
+
+
+class PlainAttention(nn.Module):
+    """`Attention` with one transpose before and one after, and the scale of q and k in the weights.
+
+    (B, heads, N, head_dim) is the form in which runtimes know attention and fuse it.
+    """
+
+    def __init__(self, attention: Attention):
+        super().__init__()
+        self.shape = (3, attention.num_heads, attention.head_dim)
+        self.qkv, self.proj = attention.qkv, attention.proj
+        rows = attention.num_heads * attention.head_dim  # those of q
+        for values in self.qkv.parameters():  # the weight and, where a norm was folded in, the bias
+            values[:rows] *= attention.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same"""
+        height, width = x.shape[-2:]
+        qkv = self.qkv(x).unflatten(1, self.shape).flatten(4).transpose(3, 4)  # (B, 3, heads, N, d)
+        q, k, v = (part.squeeze(1) for part in qkv.chunk(3, 1))
+        x = (q @ k.transpose(2, 3)).softmax(3) @ v  # (B, heads, N, d)
+        return self.proj(x.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)))
+
+
+class DynamicPositionEmbed(nn.Module):
+    """`PositionEmbed` that resamples its map to each input's grid, without branching on it."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same"""
+        rows, columns = (
+            Axis(0, old, new, 0, new).antialiased(CUBIC, old).float()
+            for old, new in zip(self.weight.shape[2:], x.shape[2:], strict=True)
+        )
+        return x + (rows @ self.weight.float() @ columns.T).to(x.dtype)
+
+
+def _replace(parent: nn.Module, dynamic_size: bool) -> None:
+    """Replace what has a plainer form, at every depth."""
+    for name, child in list(parent.named_children()):
+        _replace(child, dynamic_size)
+        if isinstance(child, PointwiseConv):
+            setattr(parent, name, _conv(child.weight, getattr(child, "bias", None)))
+        elif isinstance(child, PatchEmbed):
+            setattr(parent, name, PlainPatchEmbed(child))
+        elif isinstance(child, Attention):
+            setattr(parent, name, PlainAttention(child))
+        elif isinstance(child, PositionEmbed) and dynamic_size:
+            setattr(parent, name, DynamicPositionEmbed(child.weight))
+
+
+def _conv(weight: Tensor, bias: Tensor | None, stride: int = 1) -> nn.Conv2d:
+    out_channels, in_channels, *kernel = weight.shape
+    conv = nn.Conv2d(in_channels, out_channels, tuple(kernel), stride=stride, bias=bias is not None)  # type: ignore[arg-type]
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return conv.eval()
+
+
+# ---- folding: a BatchNorm in evaluation mode is x * scale + shift for each channel; computed in double precision
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+    scale = norm.weight.double() / (variance + norm.eps).sqrt()
+    return scale, norm.bias.double() - mean * scale
+
+
+def _fold_after(parent: nn.Module, conv_name: str, norm_name: str) -> None:
+    """Fold a BatchNorm into the convolution before it: norm(W x + b) = (scale W) x + (scale b + shift)."""
+    conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return
+    scale, shift = _scale_and_shift(norm)
+    bias = 0 if conv.bias is None else conv.bias.double()
+    conv.weight.data = (conv.weight.double() * scale.view(-1, 1, 1, 1)).float()
+    conv.bias = nn.Parameter((bias * scale + shift).float(), requires_grad=False)
+    setattr(parent, norm_name, nn.Identity())
+
+
+def _fold_before(residual: Residual) -> None:
+    """Fold the BatchNorm that opens a branch into its first product: W (scale x + shift) = (W scale) x + W shift."""
+    if not isinstance(residual.norm, nn.BatchNorm2d):
+        return
+    is_attention = isinstance(residual.branch, (Attention, WindowAttention))
+    first = cast(PointwiseConv, residual.branch.qkv if is_attention else residual.branch.conv1)
+    scale, shift = _scale_and_shift(residual.norm)
+    weight = first.weight.double()
+    first.bias = nn.Parameter((weight.flatten(1) @ shift).float(), requires_grad=False)
+    first.weight.data = (weight * scale.view(1, -1, 1, 1)).float()
+    residual.norm = nn.Identity()
+
+
+def _folded_head(norm: nn.BatchNorm2d, head: nn.Linear) -> nn.Linear:
+    """The head behind a BatchNorm and an average, which change places."""
+    scale, shift = _scale_and_shift(norm)
+    weight = head.weight.double()
+    folded = nn.Linear(head.in_features, head.out_features)
+    folded.weight = nn.Parameter((weight * scale).float(), requires_grad=False)
+    folded.bias = nn.Parameter((head.bias.double() + weight @ shift).float(), requires_grad=False)
+    return folded.eval()

@@ -1,0 +1,68 @@
+"""Image bytes to model input, in threads, within limits; the event loop never decodes.
+
+Each image is decoded for itself, before it joins a batch, so a broken one is refused alone. Its size is read from the
+header first: a file of a few kB that would unfold to gigapixels costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from visformer.bundles.pixels import ImagePreprocessing
+from visformer.data.decode import ImageError, _formats, open_image
+from visformer.serving.refusals import bad
+
+T = TypeVar("T")
+
+
+class Decoder:
+    """Threads that decode. An image whose request has given up before its turn is not decoded."""
+
+    def __init__(self, threads: int, max_pixels: int) -> None:
+        self.max_pixels = max_pixels
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    async def decode(self, data: bytes, preprocessing: ImagePreprocessing) -> np.ndarray:
+        """The bytes of an image file -> float32 (C, H, W), the model's input. Raises `Refusal` 400."""
+        return await self.call(decoded, data, preprocessing, self.max_pixels)
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run anything else that takes the processor's time."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, functools.partial(function, *arguments))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def decoded(data: bytes, preprocessing: ImagePreprocessing, max_pixels: int) -> np.ndarray:
+    """See `Decoder.decode`."""
+    if not data:
+        raise bad("the image is empty")
+    try:
+        _check_size(data, max_pixels)
+        image = open_image(data, preprocessing.in_channels)
+        return preprocessing.normalize(preprocessing.pixels(image)[None])[0]
+    except ImageError as error:
+        raise bad(f"the image can't be read: {error.reason}") from None
+
+
+def _check_size(data: bytes, max_pixels: int) -> None:
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            pixels = image.width * image.height
+    except Image.DecompressionBombError:
+        pixels = math.inf
+    except Exception:  # what is wrong with it, `open_image` says
+        return
+    if pixels > max_pixels:
+        raise bad(f"the image has more pixels than the {max_pixels:,} allowed")

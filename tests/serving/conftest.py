@@ -1,0 +1,104 @@
+"""A service of one fake model called `pets` with clients that need no port, and a small real model for processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+
+from tests.serving.fakes import Fake, write_version
+from visformer.serving.app import Service, make_app
+from visformer.serving.server import Server, listen
+from visformer.serving.settings import Settings
+
+
+@pytest.fixture
+def fake() -> Fake:
+    return Fake()
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A folder of models: `pets` with version 1."""
+    write_version(tmp_path / "models" / "pets", 1, "0")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def serving(fake, models) -> Callable[..., Any]:
+    """`async with serving(**settings) as (client, service)`: loaded and ready."""
+
+    @asynccontextmanager
+    async def started(**settings: Any):
+        service = Service([str(models)], Settings(access_log=False, **settings), loader=fake)
+        await service.repository.start()
+        transport = httpx2.ASGITransport(app=make_app(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            yield client, service
+        fake.open.set()
+        await service.close()
+
+    return started
+
+
+@pytest.fixture
+def listening(fake, models) -> Callable[..., Any]:
+    """`listening(client, **settings)`: what `client(port)` returns, called in a thread while the server listens."""
+
+    def run(client: Callable[[int], Any], **settings: Any) -> Any:
+        made = listen("127.0.0.1", 0)
+        service = Service([str(models)], Settings(access_log=False, drain_s=0, **settings), loader=fake)
+        server = Server(service, [made], load_first=True)
+
+        def call() -> Any:
+            try:
+                return client(made.getsockname()[1])
+            finally:
+                server.should_exit = True
+
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(call)
+            server.run()
+            return result.result()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small Visformer of five classes, with random weights."""
+    import torch
+
+    from visformer.checkpoint import Checkpoint, write_checkpoint
+    from visformer.data.preprocessing import Preprocessing
+    from visformer.models import Architecture, StageConfig, Visformer
+
+    torch.manual_seed(0)
+    stages = (StageConfig(width=16, depth=1, patch_size=4), StageConfig(width=32, depth=1, patch_size=2))
+    model = Visformer(Architecture(8, stages, num_classes=5, image_size=(32, 32), in_channels=3, groups=2)).eval()
+    path = tmp_path_factory.mktemp("run") / "best.safetensors"
+    labels = ["bird", "cat", "dog", "frog", "horse"]
+    preprocessing = Preprocessing((32, 32), crop_pct=0.9)
+    write_checkpoint(path, Checkpoint("visformer_tiny", model.config, labels, preprocessing, model.state_dict()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, tmp_path_factory) -> Path:
+    """A bundle of it, called `pets`."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from visformer.bundles.build import Request, build
+    from visformer.pretrained import load
+
+    folder = tmp_path_factory.mktemp("bundles") / "pets"
+    build(load(checkpoint), Request("onnx", "fp32", "tensor", checkpoint=str(checkpoint)), folder)
+    return folder
