@@ -129,13 +129,13 @@ def test_torchrun_has_started_it_again(monkeypatch):
 def test_the_learning_rate_follows_the_global_batch(capsys):
     recipe = TrainConfig(lr=1e-3, min_lr=1e-5, batch_size=128, recipe_batch_size=128, recipe_devices=8)
     assert scaled(recipe, 8) is recipe
-    accumulated = TrainConfig(**{**vars(recipe), "gradient_accumulation_steps": 8})
+    accumulated = recipe.change(gradient_accumulation_steps=8)
     assert scaled(accumulated, 1) is accumulated
     assert capsys.readouterr().err == ""
     two = scaled(recipe, 2)
     assert (two.lr, two.min_lr) == (pytest.approx(2.5e-4), pytest.approx(2.5e-6))
     assert "global batch 256 where lr is meant for 1,024: lr 0.001 becomes 0.00025" in capsys.readouterr().err
-    kept = TrainConfig(**{**vars(recipe), "scale_lr": False})
+    kept = recipe.change(scale_lr=False)
     assert scaled(kept, 2) is kept
     assert scaled(TrainConfig(lr=1.0), 4).lr == 1.0  # no recipe, nothing to scale from
 
