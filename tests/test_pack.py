@@ -4,7 +4,6 @@ import json
 import os
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,14 +16,6 @@ TRAIN = [
     "--device_target", "cpu", "--num_parallel_workers", "0", "--warmup_epochs", "0", "--auto_augment", "autoaug",
     "--mixup", "0.2",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

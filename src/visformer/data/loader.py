@@ -12,7 +12,6 @@ stops once there are more of them than `max_bad_images` allows. What happens whe
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -32,17 +31,13 @@ from visformer.data.sampler import EpochSampler, Item
 from visformer.data.sources import ImageSource, Subset
 from visformer.data.workers import SPARE, Job, WorkerPool
 from visformer.errors import RunError, UsageError
+from visformer.machine import available_cores
 
 if TYPE_CHECKING:
     from visformer.config import TrainConfig
 
 LEAST_BAD_IMAGES = 10  # that a small set may have, however few a hundredth of it is
 TIMEOUT_S = 120.0  # that evaluation, which has no option for it, grants a worker for one image
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class TrainLoader:

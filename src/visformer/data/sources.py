@@ -86,13 +86,18 @@ def training_image(source: ImageSource, index: int, channels: int) -> Image.Imag
     return Encoded(data, channels) if isinstance(data, bytes) else data
 
 
+def targets_of(source: ImageSource) -> np.ndarray:
+    """The target of each sample, int64 (N,)."""
+    return np.fromiter((source.target(i) for i in range(len(source))), dtype=np.int64, count=len(source))
+
+
 def stratified(source: ImageSource, fraction: float, seed: int) -> tuple[Subset, Subset]:
     """Split into (train, val): of each class `fraction`, rounded, but at least one image on either side; a class of one
     trains.
 
     A function of `seed`, the order of the samples and their targets alone.
     """
-    targets = np.fromiter((source.target(i) for i in range(len(source))), dtype=np.int64, count=len(source))
+    targets = targets_of(source)
     held_out = np.zeros(len(targets), dtype=bool)
     for target in np.unique(targets):
         members = np.flatnonzero(targets == target)

@@ -29,8 +29,8 @@ from filelock import FileLock
 
 from visformer.data.packed_index import MARKER, Piece
 from visformer.errors import RunError, UsageError, VisformerError
+from visformer.machine import CACHE_VARIABLE, cache_folder
 
-CACHE_VARIABLE = "VISFORMER_CACHE"  # also where downloaded weights are kept
 SIZE_VARIABLE = "VISFORMER_SHARD_CACHE_GB"
 CACHE_GB = 16.0
 ATTEMPTS = 5
@@ -71,12 +71,9 @@ def is_address(data_dir: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", data_dir) is not None
 
 
-def cache_folder() -> Path:
+def shard_folder() -> Path:
     """Where shards are kept: below the folder of all that is downloaded."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser() / "shards"
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "visformer" / "shards"
+    return cache_folder() / "shards"
 
 
 def cache_bytes() -> int:
@@ -127,7 +124,7 @@ class Address:
 
     def __init__(self, url: str) -> None:
         self.where = check_address(url).rstrip("/")
-        self.cache = cache_folder() / hashlib.sha256(self.where.encode()).hexdigest()[:16]
+        self.cache = shard_folder() / hashlib.sha256(self.where.encode()).hexdigest()[:16]
         self.most = cache_bytes()
         self._file_system()
         self._ahead: _Ahead | None = None
@@ -191,7 +188,7 @@ class Address:
 
     def _fetch(self, piece: Piece, path: Path) -> None:
         """Write the shard beside its place in the cache, verify it, and give it its name."""
-        make_room(cache_folder(), self.most - piece.size)
+        make_room(shard_folder(), self.most - piece.size)
         part = self.cache / f"{_PART}{os.getpid()}-{threading.get_ident()}-{piece.name}"
         system, root = self._file_system()
         try:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from visformer.hub.download import cache_folder, download
+from visformer.hub.download import download
 from visformer.hub.fetch import Fetched, fetch
 from visformer.hub.published import PUBLISHED, Weights, find_weights, list_pretrained
+from visformer.machine import cache_folder
 
 if TYPE_CHECKING:
     from visformer.hub.card import model_card

@@ -26,22 +26,14 @@ from visformer.atomic import atomic_text
 from visformer.errors import RunError
 from visformer.hub.https import Dropped, Refused, Response, check_url, open_url, redacted
 from visformer.hub.progress import Progress
+from visformer.machine import CACHE_VARIABLE
 
-CACHE_VARIABLE = "VISFORMER_CACHE"
 ATTEMPTS = 5  # in a row that bring nothing new
 BACKOFF_S = 1.0  # before the second attempt, doubled for each one after
 MAX_WAIT_S = 60.0
 MAX_BYTES = 4 * 2**30
 SPARE_BYTES = 64 * 2**20  # left free on the disk
 CHUNK_BYTES = 2**20
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $VISFORMER_CACHE, else $XDG_CACHE_HOME/visformer, else ~/.cache/visformer."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "visformer"
 
 
 def download(url: str, destination: str | Path, *, sha256: str | None) -> Path:

@@ -6,7 +6,7 @@
     hf-hub:owner/name, hf-hub:owner/name@revision         a repository on the Hugging Face hub (also hf://owner/name)
     visformer_small.timm                                  a published name, a row of the table
 
-What is downloaded is kept (`download.cache_folder`, and the hub's own cache), verified again, and used without a
+What is downloaded is kept (`machine.cache_folder`, and the hub's own cache), verified again, and used without a
 network from then on.
 """
 
@@ -21,10 +21,11 @@ from urllib.parse import unquote, urlsplit
 
 from visformer import console
 from visformer.errors import UsageError, nearest
-from visformer.hub.download import cache_folder, download, file_sha256
+from visformer.hub.download import download, file_sha256
 from visformer.hub.https import check_url, redacted
 from visformer.hub.published import HUB, PUBLISHED, Weights, row_of_url
 from visformer.hub.repository import FORMS, RepositoryName, choose_weights, fetch_from_hub, parse_repository
+from visformer.machine import cache_folder
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 HUB_PREFIX = re.compile(r"(?:hf[-_]hub:|hf://)", re.IGNORECASE)

@@ -11,6 +11,7 @@ from visformer import console
 from visformer.checkpoint import Checkpoint, match_head, read_checkpoint
 from visformer.config import TrainConfig
 from visformer.data import Data
+from visformer.data.sources import targets_of
 from visformer.distributed import describe
 from visformer.errors import UsageError
 from visformer.losses import balanced_weights
@@ -50,9 +51,7 @@ def class_weights(data: Data, config: TrainConfig, class_names: list[str]) -> to
     """The weight of each class in the training loss, (K,), or None; says which weigh the least and the most."""
     if config.class_weights == "none":
         return None
-    train = data.train
-    targets = torch.tensor([train.target(index) for index in range(len(train))], dtype=torch.int64)
-    counts = torch.bincount(targets, minlength=len(class_names))
+    counts = torch.bincount(torch.from_numpy(targets_of(data.train)), minlength=len(class_names))
     weights = balanced_weights(counts)
     ends = [int(end) for end in (weights.argmin(), weights.argmax())]
     least, most = (f"{class_names[i]} ({counts[i]:,} images) {weights[i]:.2f}" for i in ends)

@@ -262,6 +262,8 @@ def _measure(
 
 
 def _print_table(document: dict[str, Any]) -> None:
+    from visformer.verbs.bench_timing import cells
+
     side, versions = document["image_size"], document["versions"]
     work = {"train": "training step", "infer": "forward pass"}[document["what"]]
     for result in document["results"]:
@@ -270,13 +272,7 @@ def _print_table(document: dict[str, Any]) -> None:
             f"medians and quartiles of {document['repeats']}",
             ["contender", "images/s", "quartiles", "x timm fp32", "quartiles"],
             [
-                [
-                    f"{c['name']} ({c['precision']}, {c['memory_format']})",
-                    f"{c['images_per_s']:,.1f}",
-                    "{:,.1f} to {:,.1f}".format(*c["images_per_s_quartiles"]),
-                    f"{c['ratio']:.2f}",
-                    "{:.2f} to {:.2f}".format(*c["ratio_quartiles"]),
-                ]
+                [f"{c['name']} ({c['precision']}, {c['memory_format']})", *cells(c, decimals=1)]
                 for c in result["contenders"]
             ],
         )

@@ -35,9 +35,8 @@ from visformer.data import Batch, DeviceTransform, ImageSource, TrainLoader, mak
 from visformer.data.policies import parse_policy, pillow_posterize
 from visformer.errors import UsageError
 from visformer.models import create_model
-from visformer.verbs.bench_data_images import images as _images
-from visformer.verbs.bench_data_images import packed_images
-from visformer.verbs.bench_timing import Contender, Timed, summarize, take_turns
+from visformer.verbs.bench_data_images import images, packed_images
+from visformer.verbs.bench_timing import Contender, Timed, cells, summarize, take_turns
 from visformer.verbs.trainer import Trainer
 
 NUM_CLASSES = 1000
@@ -53,7 +52,7 @@ def measure(options: Any, device: torch.device) -> list[dict[str, Any]]:
     of training, `limit` (loader or model), and `packed_limit`, the same of packed data. Raises `UsageError` for a
     folder or policy that can't be used.
     """
-    with _images(options) as source:
+    with images(options) as source:
         names = [source.name(index) for index in range(len(source))]
         console.note(
             f"{len(names)} JPEGs, {np.mean([Path(name).stat().st_size for name in names]) / 1000:.0f} kB on average; "
@@ -139,8 +138,8 @@ class _Pass:
     def __call__(self) -> Tensor:
         began = _processor_s()
         last = torch.zeros(1)
-        for images in self.batches():  # dropped one by one, as training does
-            last = images
+        for batch in self.batches():  # dropped one by one, as training does
+            last = batch
         self.processor_s.append(_processor_s() - began)
         return last.flatten()[:16].float()
 
@@ -327,10 +326,7 @@ def print_tables(document: dict[str, Any]) -> None:
                 [
                     [
                         c["name"],
-                        f"{c['images_per_s']:,.0f}",
-                        "{:,.0f} to {:,.0f}".format(*c["images_per_s_quartiles"]),
-                        f"{c['ratio']:.2f}",
-                        "{:.2f} to {:.2f}".format(*c["ratio_quartiles"]),
+                        *cells(c),
                         *(
                             "-" if c[key] is None else f"{c[key]:.2f}"
                             for key in ("processor_ms_per_image", "processor_ratio")

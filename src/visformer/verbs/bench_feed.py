@@ -28,7 +28,7 @@ from visformer.data import ImageSource, Subset, TrainLoader, make_train_loader
 from visformer.distributed import autocast
 from visformer.errors import UsageError
 from visformer.verbs import bench_data, bench_data_images, bench_timm
-from visformer.verbs.bench_timing import Contender, summarize, take_turns
+from visformer.verbs.bench_timing import Contender, cells, summarize, take_turns
 from visformer.verbs.trainer import Trainer
 
 FILES = 1024  # that are made at most; from then on they come from memory anyway
@@ -152,16 +152,7 @@ def print_tables(document: dict[str, Any]) -> None:
             f"{document['image_size']}x{document['image_size']} pixels, {document['auto_augment']}, "
             f"passes of {result['images']:,} images",
             ["contender", "images/s", "quartiles", "x timm", "quartiles"],
-            [
-                [
-                    f"{c['name']} ({c['precision']})",
-                    f"{c['images_per_s']:,.0f}",
-                    "{:,.0f} to {:,.0f}".format(*c["images_per_s_quartiles"]),
-                    f"{c['ratio']:.2f}",
-                    "{:.2f} to {:.2f}".format(*c["ratio_quartiles"]),
-                ]
-                for c in result["contenders"]
-            ],
+            [[f"{c['name']} ({c['precision']})", *cells(c)] for c in result["contenders"]],
         )
     print(
         f"{document['device']}; {document['processor']}, {document['cores']} cores; torch "

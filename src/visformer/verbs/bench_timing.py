@@ -83,6 +83,17 @@ def summarize(timed: Timed, baseline: Timed, images: int) -> dict[str, Any]:
     }
 
 
+def cells(record: dict[str, Any], decimals: int = 0) -> list[str]:
+    """A contender's record in a table: images/s, quartiles, ratio, quartiles."""
+    rate, ratio = f"{{:,.{decimals}f}}", "{:.2f}"
+    return [
+        rate.format(record["images_per_s"]),
+        f"{rate} to {rate}".format(*record["images_per_s_quartiles"]),
+        ratio.format(record["ratio"]),
+        f"{ratio} to {ratio}".format(*record["ratio_quartiles"]),
+    ]
+
+
 def _quartiles(values: list[float]) -> list[float]:
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return [first, third]

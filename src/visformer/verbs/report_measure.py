@@ -139,19 +139,7 @@ def measure(run: Run, options: ValidateOptions, count: int) -> tuple[Validation,
         )
     finally:
         loader.close()
-    report = Report(
-        model=model.model_name,
-        ckpt_path=options.ckpt_path,
-        dataset=options.dataset,
-        data_dir=options.data_dir,
-        split=split,
-        device=str(device),
-        amp_level=options.val_amp_level,
-        class_names=list(model.class_names),
-        metrics=measured.metrics,
-        skipped=measured.skipped,
-        seconds=measured.seconds,
-    )
+    report = Report.of(measured, model, options, split, device)
     return _validation(report), recorder.worst(source, model.class_names, count)
 
 

@@ -9,13 +9,13 @@ limits and what the signals do.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from visformer.config import option
 from visformer.errors import UsageError
+from visformer.machine import available_cores
 
 if TYPE_CHECKING:
     from visformer.serving.settings import Settings
@@ -154,7 +154,7 @@ def _settings(options: ServeOptions) -> Settings:
         batch_size=options.batch_size,
         model_workers=options.model_workers,
         model_threads=options.model_threads,
-        decode_threads=options.num_parallel_workers or min(8, _cores()),
+        decode_threads=options.num_parallel_workers or min(8, available_cores()),
         device=options.device_target,
         precision=options.precision,
         cache_dir=options.cache_dir or None,
@@ -186,11 +186,6 @@ def _model_control(options: ServeOptions, has_keys: bool) -> bool:
     if options.model_control is not None:
         return options.model_control
     return has_keys or options.host in _LOOPBACK
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_packages(options: ServeOptions) -> None:

@@ -139,19 +139,7 @@ def validate(options: ValidateOptions) -> Report:
     finally:
         loader.close()
     _check_finite(measured.metrics.non_finite, measured.metrics.num_images, options)
-    report = Report(
-        model=model.model_name,
-        ckpt_path=options.ckpt_path,
-        dataset=options.dataset,
-        data_dir=options.data_dir,
-        split=split,
-        device=str(device),
-        amp_level=options.val_amp_level,
-        class_names=list(model.class_names),
-        metrics=measured.metrics,
-        skipped=measured.skipped,
-        seconds=measured.seconds,
-    )
+    report = Report.of(measured, model, options, split, device)
     if options.output:
         report.write(options.output)
     return report

@@ -19,6 +19,8 @@ from visformer.verbs.records import printable
 
 if TYPE_CHECKING:
     from visformer.metrics import Metrics
+    from visformer.verbs.evaluation import Measured
+    from visformer.verbs.validate import ValidateOptions
 
 LISTED = 10  # classes, pairs and skipped images in the text
 
@@ -38,6 +40,23 @@ class Report:
     metrics: Metrics
     skipped: list[tuple[str, str]]  # (name, reason) of the images that could not be read
     seconds: float
+
+    @classmethod
+    def of(cls, measured: Measured, model: Any, options: ValidateOptions, split: str, device: object) -> Report:
+        """The report of a pass over `split` of what `options` name, by `model` on `device`."""
+        return cls(
+            model=model.model_name,
+            ckpt_path=options.ckpt_path,
+            dataset=options.dataset,
+            data_dir=options.data_dir,
+            split=split,
+            device=str(device),
+            amp_level=options.val_amp_level,
+            class_names=list(model.class_names),
+            metrics=measured.metrics,
+            skipped=measured.skipped,
+            seconds=measured.seconds,
+        )
 
     @property
     def title(self) -> str:
