@@ -108,6 +108,22 @@ def open_image(source: str | Path | bytes | BinaryIO, channels: int = 3) -> Imag
         raise ImageError(_reason(error), name) from error
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """Width and height, pixels, that an image file's header says; nothing is decoded. Raises what Pillow raises."""
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        return image.size
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height, pixels, of an image file when it is upright. Raises what Pillow raises.
+
+    To find the orientation Pillow may decode the image (PNG), so a file that is not trusted is measured first.
+    """
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        width, height = image.size
+        return (height, width) if _turning(image) in _SIDEWAYS else (width, height)
+
+
 def read_file(path: str | Path) -> bytes:
     """The bytes of an image's file. Raises `ImageError`."""
     try:
@@ -266,8 +282,8 @@ def _single_scan(data: bytes) -> int:
 def _orientation(data: bytes) -> Image.Transpose | None:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF data says nothing about the pixels
+            return _turning(image)
+    except Exception:  # what is wrong with the file, decoding says
         return None
 
 
@@ -308,12 +324,16 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF data says nothing about the pixels
-        return image
-    method = _UPRIGHT.get(orientation)
+    method = _turning(image)
     return image if method is None else image.transpose(method)
+
+
+def _turning(image: Image.Image) -> Image.Transpose | None:
+    """What brings the picture upright; None when nothing need be done."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF data says nothing about the pixels
+        return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from visformer.bundles.pixels import ImagePreprocessing
-from visformer.data.decode import ImageError, _formats, open_image
+from visformer.data.decode import ImageError, open_image, stored_size
 from visformer.serving.refusals import bad
 
 T = TypeVar("T")
@@ -58,8 +57,7 @@ def decoded(data: bytes, preprocessing: ImagePreprocessing, max_pixels: int) -> 
 
 def _check_size(data: bytes, max_pixels: int) -> None:
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            pixels = image.width * image.height
+        pixels = math.prod(stored_size(data))
     except Image.DecompressionBombError:
         pixels = math.inf
     except Exception:  # what is wrong with it, `open_image` says

@@ -14,7 +14,6 @@ The answer names the class (without `index` the best one), the method and the ot
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
-from PIL import Image
 
-from visformer.data.decode import _formats
+from visformer.data.decode import upright_size
 from visformer.serving import heatmaps
 from visformer.serving.decoding import decoded
 from visformer.serving.door import Call, disconnected
@@ -36,7 +34,6 @@ from visformer.serving.refusals import bad
 if TYPE_CHECKING:
     from visformer.serving.app import Service
 
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": _BINARY, "image/*": _BINARY}}}
 
@@ -127,16 +124,8 @@ def _covered(crop: heatmaps.Box, inside: Inside, model: ServedModel) -> heatmaps
 def _decoded(data: bytes, model: ServedModel, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
     """An image file -> the model's input, float32 (C, H, W), and (height, width) of the upright image"""
     row = decoded(data, model.preprocessing, max_pixels)
-    with Image.open(io.BytesIO(data), formats=_formats()) as image:
-        width, height = image.size
-        return row, (width, height) if _is_sideways(image) else (height, width)
-
-
-def _is_sideways(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except Exception:  # broken EXIF data says nothing, as in `open_image`
-        return False
+    width, height = upright_size(data)
+    return row, (height, width)
 
 
 def _looked(inside: Inside, row: np.ndarray, method: str, index: int | None) -> tuple[int, np.ndarray]:
