@@ -56,9 +56,11 @@ class _Supervisor:
                 time.sleep(_TICK_S)
             self._end()
         finally:
-            for replica in self._replicas:
-                if replica.process is not None and replica.process.is_alive():
-                    replica.process.terminate()
+            living = [replica.process for replica in self._replicas if replica.process is not None]
+            for process in living:
+                process.terminate()
+            for process in living:  # so that what one of them still has to say comes before our own last line
+                process.join(self._settings.shutdown_s)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
