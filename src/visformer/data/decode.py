@@ -67,6 +67,7 @@ _UPSIDE_DOWN = (
     Image.Transpose.ROTATE_90,
     Image.Transpose.TRANSVERSE,
 )
+_PADDING = 1024  # bytes of zero that a whole JPEG may end with
 _ROWS_BELOW = 2  # that libjpeg looks at to interpolate the colours of a row
 _MIRRORED = (
     Image.Transpose.FLIP_LEFT_RIGHT,
@@ -273,7 +274,7 @@ def _single_scan(data: bytes) -> int:
         if kind in (0xC0, 0xC1):  # baseline and extended sequential, Huffman coded
             frame = place
         elif kind == 0xDA:
-            whole = frame and data[place + 4] == data[frame + 9] and data.rstrip(b"\0").endswith(b"\xff\xd9")
+            whole = frame and data[place + 4] == data[frame + 9] and data[-_PADDING:].rstrip(b"\0").endswith(b"\xff\xd9")
             return frame if whole else 0
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return 0

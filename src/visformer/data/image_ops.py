@@ -89,7 +89,10 @@ def brightness(pixels: Pixels, factor: float) -> Pixels:
 def contrast(pixels: Pixels, factor: float) -> Pixels:
     """Blend with the grey of the image's mean lightness."""
     mean = np.float32(int(_grey(pixels).mean() + 0.5))
-    return _levels(mean + np.float32(factor) * (pixels - mean))
+    apart = pixels - mean
+    apart *= np.float32(factor)
+    apart += mean
+    return _levels(apart)
 
 
 def color(pixels: Pixels, factor: float) -> Pixels:
@@ -111,13 +114,11 @@ def equalize(pixels: Pixels) -> Pixels:
     """Spread the levels of each channel so that each is about as frequent."""
     image = to_pillow(pixels)
     counts = np.array(image.histogram()).reshape(-1, 256)
-    upto = counts.cumsum(axis=1)
     last = 255 - (counts[:, ::-1] > 0).argmax(axis=1)  # the highest level that there is
-    tables = np.empty_like(counts)
-    for table, row, rising, top in zip(tables, counts, upto, last, strict=True):
-        step = int(rising[255] - row[top]) // 255
-        table[:] = np.minimum((step // 2 + rising - row) // step, 255) if step else np.arange(256)
-    return _look_up(image, tables)
+    steps = (pixels.shape[0] * pixels.shape[1] - counts[np.arange(len(counts)), last, None]) // 255
+    below = counts.cumsum(axis=1) - counts
+    tables = np.minimum((steps // 2 + below) // np.maximum(steps, 1), 255)
+    return _look_up(image, np.where(steps > 0, tables, np.arange(256)))
 
 
 def auto_contrast(pixels: Pixels) -> Pixels:
@@ -165,13 +166,16 @@ def affine(
         return from_pillow(moved)
     height, width, channels = pixels.shape
     grid = _origins(matrix, height, width)
-    # Fractions are cut off below, as Pillow does; what is added keeps rounding errors from costing a whole level.
-    source = torch.add(torch.from_numpy(pixels), 1 / 64).unsqueeze(0).permute(0, 3, 1, 2)  # channels_last
+    source = torch.from_numpy(pixels).float().unsqueeze(0).permute(0, 3, 1, 2)  # channels_last
     moved = grid_sample(source, grid[None], _TORCH_MODES[resampling], "border", align_corners=False)
-    levels = moved.clamp_(0, 255).to(torch.uint8)[0]  # (C, H, W)
-    outside = torch.from_numpy(_outside(matrix, height, width))
-    fills = fill if isinstance(fill, (tuple, list)) else (fill,) * channels
-    return torch.stack([levels[i].masked_fill_(outside, fills[i]) for i in range(channels)], dim=2).numpy()
+    # Fractions are cut off, as Pillow does; what is added keeps rounding errors from costing a whole level.
+    planes = moved.add_(1 / 64).clamp_(0, 255).to(torch.uint8)[0].numpy()  # (C, H, W)
+    outside = _outside(matrix, height, width).view(np.uint8) * np.uint8(255)  # as bits: cheaper than choosing
+    inside, fills = ~outside, fill if isinstance(fill, (tuple, list)) else (fill,) * channels
+    result = np.empty_like(pixels)
+    for channel in range(channels):
+        result[:, :, channel] = (planes[channel] & inside) | (outside & np.uint8(fills[channel]))
+    return result
 
 
 def _outside(matrix: tuple[float, float, float, float, float, float], height: int, width: int) -> np.ndarray:
