@@ -274,8 +274,8 @@ def _single_scan(data: bytes) -> int:
         if kind in (0xC0, 0xC1):  # baseline and extended sequential, Huffman coded
             frame = place
         elif kind == 0xDA:
-            whole = frame and data[place + 4] == data[frame + 9] and data[-_PADDING:].rstrip(b"\0").endswith(b"\xff\xd9")
-            return frame if whole else 0
+            ended = data[-_PADDING:].rstrip(b"\0").endswith(b"\xff\xd9")
+            return frame if frame and ended and data[place + 4] == data[frame + 9] else 0
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return 0
 
