@@ -75,7 +75,7 @@ def test_a_graph_has_readable_names_and_nothing_of_this_machine():
     graph = joined(preprocessing_graph(Preprocessing((64, 64))), batch)
     names = [node.name for node in graph.graph.node]
     assert len(set(names)) == len(names)
-    assert {"stem.0/Conv", "stages.1.blocks.0.attn.branch.qkv/Conv", "stages.0.embed.proj/Conv"} <= set(names)
+    assert {"stem.0/Conv", "stages.1.blocks.0.attn.branch.q/Conv", "stages.0.embed.proj/Conv"} <= set(names)
     weights = {tensor.name for tensor in batch.graph.initializer}
     assert {"stem.0.weight", "stages.2.blocks.0.attn.branch.proj.weight", "head.bias"} <= weights
     assert [value.name for value in graph.graph.input] == ["image"]

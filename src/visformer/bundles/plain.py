@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from visformer.bundles.image_graph import CUBIC, Axis
 from visformer.errors import UsageError
+from visformer.fusion.folding import fold_after, fold_before, fold_queries
 from visformer.models import Visformer
 from visformer.models.attention import Attention, WindowAttention
 from visformer.models.layers import PatchEmbed, PatchProjection, PointwiseConv, PositionEmbed, Residual, pad_to_multiple
@@ -68,26 +69,31 @@ class PlainPatchEmbed(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """`Attention` with one transpose before and one after, and the scale of q and k in the weights.
+    """`Attention` with a convolution each for q, k and v, and the scale of q and k in the weights of q.
 
-    (B, heads, N, head_dim) is the form in which runtimes know attention and fuse it.
+    (B, heads, N, head_dim) is the form in which runtimes know attention and fuse it. Where maps lie in channels_last
+    memory, as int8 convolutions have them, it is no more than a view of what each convolution gives; with one
+    convolution for all three OpenVINO took a tenth of the whole network's time to move things about.
     """
 
     def __init__(self, attention: Attention):
         super().__init__()
-        self.shape = (3, attention.num_heads, attention.head_dim)
-        self.qkv, self.proj = attention.qkv, attention.proj
-        rows = attention.num_heads * attention.head_dim  # those of q
-        for values in self.qkv.parameters():  # the weight and, where a norm was folded in, the bias
-            values[:rows] *= attention.scale
+        self.heads = (attention.num_heads, attention.head_dim)
+        width = attention.num_heads * attention.head_dim
+        bias = getattr(attention.qkv, "bias", None)  # where a norm was folded in
+        weight, bias = fold_queries(attention.qkv.weight, bias, width, attention.scale)
+        biases = (None, None, None) if bias is None else bias.split(width)
+        self.q, self.k, self.v = (_conv(*pair) for pair in zip(weight.split(width), biases, strict=True))
+        self.proj = attention.proj
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same"""
-        height, width = x.shape[-2:]
-        qkv = self.qkv(x).unflatten(1, self.shape).flatten(4).transpose(3, 4)  # (B, 3, heads, N, d)
-        q, k, v = (part.squeeze(1) for part in qkv.chunk(3, 1))
-        x = (q @ k.transpose(2, 3)).softmax(3) @ v  # (B, heads, N, d)
-        return self.proj(x.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)))
+        q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))  # each (B, heads, N, d)
+        attended = (q @ k.transpose(2, 3)).softmax(3) @ v
+        return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, self.heads).transpose(1, 2)
 
 
 class DynamicPositionEmbed(nn.Module):
@@ -123,50 +129,42 @@ def _replace(parent: nn.Module, dynamic_size: bool) -> None:
 def _conv(weight: Tensor, bias: Tensor | None, stride: int = 1) -> nn.Conv2d:
     out_channels, in_channels, *kernel = weight.shape
     conv = nn.Conv2d(in_channels, out_channels, tuple(kernel), stride=stride, bias=bias is not None)  # type: ignore[arg-type]
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    conv.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    conv.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
     return conv.eval()
 
 
-# ---- folding: a BatchNorm in evaluation mode is x * scale + shift for each channel; computed in double precision
+# ---- folding
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
-    scale = norm.weight.double() / (variance + norm.eps).sqrt()
-    return scale, norm.bias.double() - mean * scale
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.float(), requires_grad=False)
 
 
 def _fold_after(parent: nn.Module, conv_name: str, norm_name: str) -> None:
-    """Fold a BatchNorm into the convolution before it: norm(W x + b) = (scale W) x + (scale b + shift)."""
+    """Fold a BatchNorm into the convolution before it."""
     conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
     if not isinstance(norm, nn.BatchNorm2d):
         return
-    scale, shift = _scale_and_shift(norm)
-    bias = 0 if conv.bias is None else conv.bias.double()
-    conv.weight.data = (conv.weight.double() * scale.view(-1, 1, 1, 1)).float()
-    conv.bias = nn.Parameter((bias * scale + shift).float(), requires_grad=False)
+    weight, bias = fold_after(conv.weight, conv.bias, norm)
+    conv.weight.data, conv.bias = weight.float(), _parameter(cast(Tensor, bias))
     setattr(parent, norm_name, nn.Identity())
 
 
 def _fold_before(residual: Residual) -> None:
-    """Fold the BatchNorm that opens a branch into its first product: W (scale x + shift) = (W scale) x + W shift."""
+    """Fold the BatchNorm that opens a branch into its first product."""
     if not isinstance(residual.norm, nn.BatchNorm2d):
         return
     is_attention = isinstance(residual.branch, (Attention, WindowAttention))
     first = cast(PointwiseConv, residual.branch.qkv if is_attention else residual.branch.conv1)
-    scale, shift = _scale_and_shift(residual.norm)
-    weight = first.weight.double()
-    first.bias = nn.Parameter((weight.flatten(1) @ shift).float(), requires_grad=False)
-    first.weight.data = (weight * scale.view(1, -1, 1, 1)).float()
+    weight, bias = fold_before(first.weight, None, residual.norm)
+    first.weight.data, first.bias = weight.float(), _parameter(cast(Tensor, bias))
     residual.norm = nn.Identity()
 
 
 def _folded_head(norm: nn.BatchNorm2d, head: nn.Linear) -> nn.Linear:
     """The head behind a BatchNorm and an average, which change places."""
-    scale, shift = _scale_and_shift(norm)
-    weight = head.weight.double()
+    weight, bias = fold_before(head.weight, head.bias, norm)
     folded = nn.Linear(head.in_features, head.out_features)
-    folded.weight = nn.Parameter((weight * scale).float(), requires_grad=False)
-    folded.bias = nn.Parameter((head.bias.double() + weight @ shift).float(), requires_grad=False)
+    folded.weight, folded.bias = _parameter(weight), _parameter(cast(Tensor, bias))
     return folded.eval()
