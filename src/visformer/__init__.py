@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from visformer import models
     from visformer.client import AsyncClient, Client
+    from visformer.fusion import fuse
     from visformer.hub import Visformer, list_pretrained
     from visformer.models import list_models
     from visformer.pretrained import create_model, load
@@ -45,6 +46,7 @@ __all__ = [
     "convert",
     "create_model",
     "export",
+    "fuse",
     "list_models",
     "list_pretrained",
     "load",
@@ -65,6 +67,7 @@ _OBJECTS = {  # public name -> module and name there
     "load": ("visformer.pretrained", "load"),
     "Visformer": ("visformer.hub", "Visformer"),
     "Predictor": ("visformer.verbs.predictor", "Predictor"),
+    "fuse": ("visformer.fusion", "fuse"),
     "Client": ("visformer.client", "Client"),
     "AsyncClient": ("visformer.client", "AsyncClient"),
 }

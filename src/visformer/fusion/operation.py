@@ -1,0 +1,88 @@
+"""One step of a fused network, computed in whichever way is fastest for the shape at hand.
+
+An `Operation` holds its weights as buffers and knows several ways (`candidates`) to compute its equation. The first
+call with a shape chooses among them, by measuring or by what was measured before (`tuner.py`), and builds the chosen
+one: packs its weights, compiles it. Later calls look it up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visformer.fusion.tuner import Run, Tuner
+
+Candidates = dict[str, Callable[[], Run]]
+
+
+class Operation(nn.Module, ABC):
+    """`forward(*inputs)` is `candidates(*inputs)["library"]()(*inputs)`, to within rounding."""
+
+    def __init__(self, tuner: Tuner):
+        super().__init__()
+        self._tuner = tuner
+        self._runs: dict[tuple, Run] = {}
+
+    @abstractmethod
+    def candidates(self, *inputs: Any) -> Candidates:
+        """The ways to compute this for such inputs, each built when called; the first is the library's, and none
+        changes an input."""
+
+    @abstractmethod
+    def signature(self, *inputs: Any) -> str:
+        """What the operation is and its shapes."""
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """See the class."""
+        key = tuple((value.shape, value.dtype) if isinstance(value, Tensor) else value for value in inputs)
+        run = self._runs.get(key) or self._choose(key, inputs)
+        return run(*inputs)
+
+    def _choose(self, key: tuple, inputs: tuple[Any, ...]) -> Run:
+        chosen = self._tuner.choose(self.signature(*inputs), self.candidates(*inputs), inputs)
+        self._runs[key] = chosen
+        return chosen
+
+    def keep(self, name: str, values: Tensor | None, like: Tensor) -> None:
+        """Register a buffer of `values` in the dtype and on the device of `like`."""
+        self.register_buffer(name, None if values is None else values.to(like).contiguous(), persistent=True)
+
+
+def compiled(function: Run) -> Callable[[], Run]:
+    """A candidate: `function` through torch.compile, for fixed shapes."""
+    return lambda: torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def described(*shapes: Any) -> str:
+    """Shapes as text: (8, 3, 224, 224) and (16,) as 8x3x224x224 16."""
+    return " ".join("x".join(map(str, shape)) for shape in shapes if shape is not None)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """`x` behind an activation: none, relu, gelu (by the error function) or gelu_tanh."""
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) in channels_last memory as (B * H * W, C), a view."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def as_map(values: Tensor, like: Tensor) -> Tensor:
+    """(B * H * W, C) as (B, C, H, W) of the batch and sides of `like`, a view."""
+    batch, _, height, width = like.shape
+    return values.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def text(tile: tuple[int, ...]) -> str:
+    """A tile's numbers, with commas."""
+    return ",".join(map(str, tile))

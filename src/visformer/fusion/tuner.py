@@ -1,0 +1,210 @@
+"""Which of several ways to compute the same thing is the fastest, here: tried once, remembered on disk.
+
+A candidate is tried on the very tensors that it is for. One that raises, or whose result is not that of the first (the
+library's, which is the measure), is left out with a warning. The others take turns; one that is far behind after a
+turn drops out. What won is kept in $VISFORMER_CACHE/tuning (see `machine.cache_folder`), in one file for each device,
+precision and set of versions, by operation and shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visformer import console, fusion, kernels
+from visformer.atomic import atomic_text
+from visformer.errors import RunError
+from visformer.machine import available_cores, cache_folder
+
+Run = Callable[..., Tensor]
+CHOICES = ("fastest", "library", "kernels")
+
+_ROUNDS = 5
+_HOPELESS = 2.0  # times as slow as the best so far, after a turn
+_TURN_S = 0.02  # that a candidate's turn takes at least, unless a single call takes longer
+_REPLAYS = 20  # calls of a candidate in one CUDA graph
+# How far a candidate's result may be from the library's, in units of the largest value.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+class Tuner:
+    """Chooses among candidates by `choice`: the fastest, the library's, or the first kernel of ours that there is."""
+
+    def __init__(self, choice: str, device: torch.device, dtype: torch.dtype):
+        self.choice = choice
+        self.tolerance = _TOLERANCES[dtype]
+        self._path = cache_folder() / "tuning" / f"{_slug(device_name(device), dtype)}.json"
+        self._known: dict[str, Any] | None = None
+
+    def choose(self, signature: str, candidates: Mapping[str, Callable[[], Run]], inputs: tuple[Any, ...]) -> Run:
+        """The candidate for `inputs`, built. The first of `candidates` is the library's.
+
+        `signature` names the operation and its shapes, and is what the choice is remembered by.
+        """
+        names = list(candidates)
+        ours = [name for name in names if name.startswith("kernel")]
+        if self.choice == "kernels" and ours:
+            return candidates[ours[0]]()
+        if self.choice != "fastest" or len(names) == 1:
+            return candidates[names[0]]()
+        known = self._remembered().get(signature, {}).get("choice")
+        if known in candidates:
+            return candidates[known]()
+        built, seconds = self._measure(signature, candidates, inputs)
+        fastest = min(seconds, key=seconds.__getitem__)
+        self._remember(signature, fastest, seconds)
+        return built[fastest]
+
+    def _measure(
+        self, signature: str, candidates: Mapping[str, Callable[[], Run]], inputs: tuple[Any, ...]
+    ) -> tuple[dict[str, Run], dict[str, float]]:
+        expected, built = None, {}
+        for name, build in candidates.items():
+            try:
+                run = build()
+                result = run(*inputs).float()
+            except Exception as error:  # a kernel that does not fit the device, a compiler that is not there
+                if expected is None:
+                    raise
+                console.warn(f"{signature}: {name} can't be used here: {_line(error)}", once=True)
+                continue
+            expected = result if expected is None else expected
+            difference = float((result - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+            if not difference <= self.tolerance:
+                console.warn(f"{signature}: {name} is left out: it is off by {difference:.1e} of the largest value")
+                continue
+            built[name] = run
+        if len(built) == 1:
+            return built, dict.fromkeys(built, 0.0)
+        return built, time_candidates(built, inputs)
+
+    # ---- what is remembered
+
+    def _remembered(self) -> dict[str, Any]:
+        if self._known is None:
+            self._known = _read(self._path)
+        return self._known
+
+    def _remember(self, signature: str, fastest: str, seconds: dict[str, float]) -> None:
+        entry = {"choice": fastest, "microseconds": {name: round(s * 1e6, 2) for name, s in seconds.items()}}
+        self._known = _read(self._path) | {signature: entry}  # another process may have written meanwhile
+        try:
+            atomic_text(self._path, json.dumps(self._known, indent=1, sort_keys=True))
+        except RunError as error:
+            console.warn(f"{error}; what was tuned is measured again by the next process", once=True)
+
+
+def _read(path: Any) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    entries = document.items() if isinstance(document, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict)}
+
+
+def time_candidates(built: Mapping[str, Run], inputs: tuple[Any, ...]) -> dict[str, float]:
+    """Seconds a call of each, the median of its turns; what dropped out keeps what it had."""
+    device = next(value.device for value in inputs if isinstance(value, Tensor))
+    prepared = {name: _turn(run, inputs, device) for name, run in built.items()}
+    turns: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(_ROUNDS):
+        best = min((min(taken) for taken in turns.values() if taken), default=float("inf"))
+        for name, taken in turns.items():
+            if not taken or min(taken) < _HOPELESS * best:
+                taken.append(prepared[name]())
+    return {name: statistics.median(taken) for name, taken in turns.items()}
+
+
+def _turn(run: Run, inputs: tuple[Any, ...], device: torch.device) -> Callable[[], float]:
+    """A function that takes a turn: seconds a call. The first calls are done here, and not counted."""
+    for _ in range(2):
+        run(*inputs)
+    if device.type == "cuda":
+        return _cuda_turn(run, inputs)
+    began = time.perf_counter()
+    run(*inputs)
+    calls = max(1, min(50, round(_TURN_S / max(time.perf_counter() - began, 1e-7))))
+
+    def turn() -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            run(*inputs)
+        return (time.perf_counter() - began) / calls
+
+    return turn
+
+
+def _cuda_turn(run: Run, inputs: tuple[Any, ...]) -> Callable[[], float]:
+    """In a CUDA graph, as it will run later: what starting a kernel costs the processor does not count."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(_REPLAYS):
+            run(*inputs)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+
+    def turn() -> float:
+        start.record()  # type: ignore[call-arg]
+        graph.replay()
+        end.record()  # type: ignore[call-arg]
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / _REPLAYS
+
+    return turn
+
+
+# ---- the device
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """A device as its maker calls it, with what else decides its speed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} of {available_cores()} threads"
+    return device.type
+
+
+def _processor() -> str:
+    """The processor's name and what vectors it computes with."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        name = next((value for key, value in lines.items() if key.strip() == "model name"), name).strip()
+    except (OSError, ValueError):
+        pass
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _slug(device: str, dtype: torch.dtype) -> str:
+    versions = f"torch {torch.__version__}, cuda {torch.version.cuda}, {_sources()}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{device} {str(dtype).removeprefix('torch.')} {versions}").strip("-")
+
+
+@cache
+def _sources() -> str:
+    """A digest of what there is to choose from: a choice among other candidates is none."""
+    digest = hashlib.sha256()
+    for package in (kernels, fusion):
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,64 @@
+"""The tuner takes the fastest candidate that is right."""
+
+import time
+
+import pytest
+import torch
+
+from visformer.fusion.tuner import Tuner
+
+
+@pytest.fixture
+def tuner(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISFORMER_CACHE", str(tmp_path))
+    return Tuner("fastest", torch.device("cpu"), torch.float32)
+
+
+def sleeping(seconds: float, factor: float = 2.0):
+    def run(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return x * factor
+
+    return run
+
+
+def failing(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of\nshared memory")
+
+
+def test_the_fastest_that_is_right_wins(tuner, capsys):
+    right = sleeping(0.002)
+    candidates = {
+        "library": lambda: sleeping(0.02),
+        "kernel wrong": lambda: sleeping(0, factor=2.1),
+        "kernel failing": lambda: failing,
+        "kernel slow": lambda: sleeping(0.05),
+        "kernel right": lambda: right,
+    }
+    assert tuner.choose("double", candidates, (torch.ones(3),)) is right
+    said = capsys.readouterr().err
+    assert "kernel wrong is left out: it is off by" in said
+    assert "kernel failing can't be used here: RuntimeError: out of shared memory" in said
+
+
+def test_a_result_that_is_no_number_is_not_right(tuner):
+    candidates = {"library": lambda: sleeping(0.01), "kernel": lambda: sleeping(0, factor=float("nan"))}
+    library = tuner.choose("double", candidates, (torch.ones(3),))
+    assert library(torch.ones(1)).item() == 2
+
+
+def test_the_librarys_error_is_the_callers(tuner):
+    with pytest.raises(RuntimeError, match="shared memory"):
+        tuner.choose("double", {"library": lambda: failing, "other": lambda: failing}, (torch.ones(3),))
+
+
+@pytest.mark.parametrize(("choice", "chosen"), [("library", 0), ("kernels", 2)])
+def test_without_measuring(choice, chosen, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISFORMER_CACHE", str(tmp_path))
+    runs = [sleeping(0), sleeping(0), sleeping(0)]
+    candidates = dict(
+        zip(("library", "convolution", "kernel 16,16"), (lambda run=run: run for run in runs), strict=True)
+    )
+    tuner = Tuner(choice, torch.device("cpu"), torch.float32)
+    assert tuner.choose("double", candidates, (torch.ones(3),)) is runs[chosen]
+    assert not list(tmp_path.iterdir())
