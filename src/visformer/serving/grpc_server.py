@@ -50,7 +50,7 @@ async def start_grpc(service: Service) -> tuple[grpc.aio.Server, int]:
     for name, request, response, streams in methods():
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
         handlers[name] = make(
-            _streaming(service, name) if streams else _unary(service, name, getattr(grpc_methods, name)),
+            streaming_method(service, name) if streams else unary_method(service, name, getattr(grpc_methods, name)),
             request_deserializer=request.FromString,
             response_serializer=response.SerializeToString,
         )
@@ -76,7 +76,7 @@ def _add_port(server: grpc.aio.Server, address: str, service: Service) -> int:
     return server.add_secure_port(address, grpc.ssl_server_credentials(pairs))
 
 
-def _unary(service: Service, name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def unary_method(service: Service, name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """A method of the service, as gRPC calls it."""
 
     async def handle(request: Any, context: Any) -> Any:
@@ -102,7 +102,7 @@ async def _refuse(context: Any, refusal: Refusal) -> None:
     await context.abort(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message)
 
 
-def _streaming(service: Service, name: str) -> Callable[..., AsyncIterator[Any]]:
+def streaming_method(service: Service, name: str) -> Callable[..., AsyncIterator[Any]]:
     """`ModelStreamInfer`: one answer for each request, in order, an error being an answer too."""
 
     async def handle(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:

@@ -4,7 +4,8 @@
     find . -name '*.jpg' | visformer predict - --ckpt_path run/best.safetensors --format json
 
 One record for each image, in order; what can't be read is a record with an error. Records stream: memory does not
-grow with their number. The exit code is 1 only when not a single image was labelled.
+grow with their number. The exit code is 1 only when not a single image was labelled. With `--engine ray` millions are
+labelled on a cluster: predict_ray.py.
 """
 
 from __future__ import annotations
@@ -54,13 +55,37 @@ class PredictOptions:
     )
     amp_level: Literal["O0", "O1", "O2", "O3"] = option("O0", "O0: fp32; O1 to O3: half precision")
     amp_dtype: Literal["bf16", "fp16"] = option("bf16", "the half precision of amp_level")
+    engine: Literal["local", "ray"] = option(
+        "local",
+        "ray: on a Ray cluster; inputs may then also be tar and Parquet files, packed sets, lists (.txt) and addresses "
+        "such as s3://bucket/photos, and output is a folder of Parquet files; what is done there is not done again",
+        group="Cluster",
+    )
+    ray_address: str = option("", "auto, or HOST:PORT, of the cluster to join; empty: Ray is started on this machine")
+    chunk_images: int = option(1000, "images of one piece of work, which is one Parquet file")
+    image_column: str = option("image", "column of Parquet inputs that has the images: files' bytes, or paths")
+    key_column: str = option("", "column of Parquet inputs that has the images' keys; empty: the path, or FILE#ROW")
+    workers: int | None = option(None, "workers at most; None: as many as the cluster holds")
+    cpus_per_worker: int | None = option(None, "cores of a worker; None: 1, or a GPU's share of them, 8 at most")
+    gpus_per_worker: float | None = option(None, "GPUs of a worker, such as 0.5; None: 1 where the cluster has some")
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("batch_size", 1), ("num_parallel_workers", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be at least {least}")
-        if self.output and Path(self.output).is_dir():
+        least_of = {"top_k": 1, "batch_size": 1, "num_parallel_workers": 0, "chunk_images": 1}
+        least_of |= {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"{name}: {value} is out of range; it must be at least {least}")
+        if self.engine == "ray":
+            self._check_ray()
+        elif self.output and Path(self.output).is_dir():
             raise UsageError(f"output: {self.output} is a folder; give a file")
+
+    def _check_ray(self) -> None:
+        if not self.output:
+            raise UsageError("output: with --engine ray give the folder that the Parquet files go to")
+        if self.format is not None:
+            raise UsageError(f"format: {self.format} is not for --engine ray, which writes Parquet; leave it out")
 
     @property
     def output_format(self) -> str:
@@ -86,6 +111,10 @@ class Tally:
 
 def run(options: PredictOptions) -> int:
     """Predict, print or write the records as they come, and return 0 if any image was labelled, else 1."""
+    if options.engine == "ray":
+        from visformer.verbs.predict_ray import run_on_ray
+
+        return run_on_ray(options)
     tally = Tally()
     started = time.perf_counter()
     records = tally.watch(_stream(options))
@@ -107,6 +136,10 @@ def run(options: PredictOptions) -> int:
 
 def predict(options: PredictOptions) -> list[Record]:
     """Label the images; one record for each, in order. Writes `output` if given, prints nothing on stdout."""
+    if options.engine == "ray":
+        from visformer.verbs.predict_ray import predict_on_ray
+
+        return predict_on_ray(options)
     records = list(_stream(options))
     if options.output:
         _write(options, records)

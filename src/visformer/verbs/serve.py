@@ -4,7 +4,7 @@
     curl --data-binary @cat.jpg http://127.0.0.1:8000/predict
 
 One process loads the models, decodes in threads, and batches what comes in; docs/serving.md has the protocols, the
-limits and what the signals do.
+limits and what the signals do. With `--engine ray` the same runs on a Ray cluster: docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LEAST = {
     "replicas": 1,
+    "max_replicas": 1,
+    "gpus_per_replica": 0,
     "batch_size": 1,
     "model_workers": 1,
     "model_threads": 1,
@@ -89,6 +91,22 @@ class ServeOptions:
         group="Stopping",
     )
     shutdown_s: float = option(30.0, "seconds that requests under way have to finish once the port is closed")
+    engine: Literal["local", "ray"] = option(
+        "local", "ray: replicas on a Ray cluster, behind Ray Serve's proxy on each of its machines", group="Cluster"
+    )
+    max_replicas: int | None = option(None, "replicas under load, at most, with engine ray; None: always replicas")
+    gpus_per_replica: float | None = option(
+        None, "GPUs of a replica, such as 0.5; None: 1 for checkpoints where the cluster has some"
+    )
+    ray_address: str = option(
+        "",
+        "auto, or HOST:PORT, of the cluster to deploy to: the command ends when the replicas are ready, and again "
+        "replaces them one by one; empty: Ray is started on this machine, and ends with the command",
+    )
+    ha_proxy: bool | None = option(
+        None, "HAProxy in the place of Serve's own proxy, in a Ray that is started here; None: if it is installed"
+    )
+    print_config: bool = option(False, "print the Serve config file, for `serve deploy` and KubeRay, and do no more")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -105,6 +123,12 @@ class ServeOptions:
                 raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be from 0 to 65,535")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise UsageError("tls_cert, tls_key: give both, or neither")
+        if self.engine != "ray":
+            for name in ("max_replicas", "gpus_per_replica", "ray_address", "ha_proxy", "print_config"):
+                if getattr(self, name) not in (None, "", False):
+                    raise UsageError(f"{name}: is for --engine ray")
+        elif self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise UsageError(f"max_replicas: {self.max_replicas} is below replicas, which is {self.replicas}")
 
     @property
     def precision(self) -> str:
@@ -124,7 +148,9 @@ def serve(options: ServeOptions) -> None:
     Raises `UsageError` for what can't be served, and `RunError` when it fails.
     """
     settings = _settings(options)
-    if settings.replicas > 1:
+    if options.engine == "ray":
+        _serve_on_ray(options, settings)
+    elif settings.replicas > 1:
         from visformer.serving.replicas import serve_replicas
 
         serve_replicas(options.models, settings)
@@ -132,6 +158,21 @@ def serve(options: ServeOptions) -> None:
         from visformer.serving.server import serve_here
 
         serve_here(options.models, settings)
+
+
+def _serve_on_ray(options: ServeOptions, settings: Settings) -> None:
+    from visformer.cluster.document import Deployment, serve_document, to_yaml
+
+    deployment = Deployment(options.models, settings, options.max_replicas, options.gpus_per_replica)
+    if options.print_config:
+        print(to_yaml(serve_document(deployment)), end="")
+        return
+    from visformer.cluster.run import deploy, serve_here
+
+    if options.ray_address:
+        deploy(deployment, options.ray_address)
+    else:
+        serve_here(deployment, options.ha_proxy)
 
 
 def _settings(options: ServeOptions) -> Settings:
@@ -179,9 +220,10 @@ def _settings(options: ServeOptions) -> Settings:
 
 def _model_control(options: ServeOptions, has_keys: bool) -> bool:
     """Whether models may be loaded and unloaded from outside; with replicas one of them alone would hear of it."""
-    if options.replicas > 1:
+    if options.replicas > 1 or (options.max_replicas or 1) > 1:
         if options.model_control:
-            raise UsageError("model_control: with replicas, change the models' folders and send SIGHUP")
+            how = "deploy again" if options.engine == "ray" else "send SIGHUP"
+            raise UsageError(f"model_control: with replicas, change the models' folders and {how}")
         return False
     if options.model_control is not None:
         return options.model_control
