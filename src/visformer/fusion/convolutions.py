@@ -143,7 +143,7 @@ class Convolution(Operation):
         return f"convolution {described(x.shape, self.weight.shape)} {self.groups} groups {self.activation}"
 
     def candidates(self, x: Tensor) -> Candidates:
-        """The library's convolution; with neighbouring groups as one that is zero between them; compiled; our kernel."""
+        """The library's convolution; neighbouring groups as one, zero between them; compiled; our kernel."""
         weight, groups = self.weight, self.groups
 
         def library(x: Tensor) -> Tensor:

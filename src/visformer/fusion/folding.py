@@ -1,4 +1,4 @@
-"""BatchNorm folded away: in evaluation mode it is x * scale + shift for each channel, which the product beside it takes.
+"""BatchNorm folded away: in evaluation mode it is x * scale + shift by channel, which the product beside it can take.
 
 Computed in double precision. A norm over the channels of each position (`ChannelNorm`) keeps its division and gives
 away its scale and shift. Shapes: weights are (out, in) or (out, in, kernel, kernel).
