@@ -70,6 +70,15 @@ def test_windows_do_not_take_a_dynamic_size():
         plain(create_model("swin_visformer_tiny_v2", image_size=64), dynamic_size=True)
 
 
+def test_attention_is_the_same_in_either_order():
+    model = small_model()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        for split_first in (False, True):
+            torch.testing.assert_close(plain(model, split_first=split_first)(images), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_graph_has_readable_names_and_nothing_of_this_machine():
     batch = batch_graph(small_model(), dynamic_size=False)
     graph = joined(preprocessing_graph(Preprocessing((64, 64))), batch)

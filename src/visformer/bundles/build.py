@@ -65,7 +65,7 @@ def build(model: Any, request: Request, destination: Path, *, overwrite: bool = 
 
     Raises `UsageError` for what can't be exported so, and `RunError` when the result does not give the source's logits.
     """
-    with _new_folder(destination, overwrite) as folder:
+    with new_folder(destination, overwrite) as folder:
         request.note(f"writing {request.format}, {request.precision}")
         files = _write_model(model, request, folder)
         document = _document(model, request, *files)
@@ -91,22 +91,27 @@ def build(model: Any, request: Request, destination: Path, *, overwrite: bool = 
     return Bundle.open(destination)
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise `UsageError` when a bundle may not be written there."""
+def check_destination(
+    destination: Path, overwrite: bool, is_ours: Callable[[Path], bool] = is_bundle, what: str = "a bundle"
+) -> None:
+    """Raise `UsageError` when a bundle, or what else `is_ours` knows, may not be written there."""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise UsageError(f"output: {destination} is no folder; name one that is new")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
-    if not is_bundle(destination):
-        raise UsageError(f"output: {destination} holds something that is no bundle; name a folder that is new or empty")
+    if not is_ours(destination):
+        none = f"no{what.removeprefix('a')}"
+        raise UsageError(f"output: {destination} holds something that is {none}; name a folder that is new or empty")
     if not overwrite:
-        raise UsageError(f"output: {destination} holds a bundle already; --overwrite True replaces it")
+        raise UsageError(f"output: {destination} holds {what} already; --overwrite True replaces it")
 
 
 @contextmanager
-def _new_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(
+    destination: Path, overwrite: bool, is_ours: Callable[[Path], bool] = is_bundle, what: str = "a bundle"
+) -> Iterator[Path]:
     """A folder to write to, which becomes `destination` when the block ends well."""
-    check_destination(destination, overwrite)
+    check_destination(destination, overwrite, is_ours, what)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=destination.parent))
@@ -140,7 +145,8 @@ def _write_model(model: Any, request: Request, folder: Path) -> tuple[str, str |
     # OpenVINO stores and computes halves by itself; in ONNX they are part of the graph.
     is_half_graph = request.format == "onnx" and request.precision == "fp16"
     dtype = torch.float16 if is_half_graph else torch.float32
-    batch = graphs.batch_graph(model, dynamic_size=request.dynamic_image_size, dtype=dtype)
+    split_first = request.precision == "bf16"
+    batch = graphs.batch_graph(model, dynamic_size=request.dynamic_image_size, dtype=dtype, split_first=split_first)
     preprocessing = graphs.preprocessing_graph(model.preprocessing) if with_image else None
     metadata = _metadata(model, request)
     if request.format == "onnx":

@@ -2,7 +2,7 @@
 
 The input of the model is `images`, float32 (batch, channels, height, width), normalised; that of the preprocessing is
 `image`, uint8 (height, width, channels). What comes out is `logits`. A node is named by its module's place and what it
-does, as in `stages.1.blocks.0.attn.branch.qkv/Conv`, and so is what it gives.
+does, as in `stages.1.blocks.0.attn.branch.q/Conv`, and so is what it gives.
 """
 
 from __future__ import annotations
@@ -56,9 +56,14 @@ class ImageModel(nn.Module):
         return self.model(self.preprocessing(image))
 
 
-def batch_graph(model: Visformer, *, dynamic_size: bool, dtype: torch.dtype = torch.float32) -> onnx.ModelProto:
-    """The ONNX graph from `images` to `logits`, for batches of any number and, with `dynamic_size`, of any size."""
-    deployed: nn.Module = plain(model, dynamic_size=dynamic_size)
+def batch_graph(
+    model: Visformer, *, dynamic_size: bool, dtype: torch.dtype = torch.float32, split_first: bool = False
+) -> onnx.ModelProto:
+    """The ONNX graph from `images` to `logits`, for batches of any number and, with `dynamic_size`, of any size.
+
+    For `split_first` see `plain.PlainAttention`.
+    """
+    deployed: nn.Module = plain(model, dynamic_size=dynamic_size, split_first=split_first)
     if dtype != torch.float32:
         deployed = InPrecision(deployed, dtype)
     example, shapes = batch_example(model, dynamic_size)

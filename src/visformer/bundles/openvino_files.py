@@ -32,23 +32,14 @@ def engine_options(precision: str, with_image: bool) -> dict[str, str]:
 
 
 def openvino_model(graph: onnx.ModelProto) -> Any:
-    """An OpenVINO model from an ONNX graph.
-
-    Constants are folded: NNCF gives the weights of a grouped convolution whose shape is still to be computed a scale
-    for each column of the kernel, and OpenVINO then computes it in fp32.
-    """
+    """An OpenVINO model from an ONNX graph."""
     import onnx
     import openvino as ov
-    from openvino.passes import ConstantFolding, Manager
 
     with tempfile.TemporaryDirectory(prefix="visformer-") as folder:
         path = str(Path(folder) / "model.onnx")
         onnx.save_model(graph, path)
-        model = ov.Core().read_model(path)  # ov.convert_model would tell its makers that it was used
-    passes = Manager()
-    passes.register_pass(ConstantFolding())
-    passes.run_passes(model)
-    return model
+        return ov.Core().read_model(path)  # ov.convert_model would tell its makers that it was used
 
 
 def write_openvino(
@@ -69,9 +60,18 @@ def write_openvino(
 
 
 def quantised_openvino(batch: Any, calibration: list[np.ndarray]) -> Any:
-    """The model in int8. `calibration` holds float32 (1, C, H, W), preprocessed."""
+    """The model in int8. `calibration` holds float32 (1, C, H, W), preprocessed.
+
+    Constants are folded first: NNCF gives the weights of a grouped convolution whose shape is still to be computed a
+    scale for each column of the kernel, and OpenVINO then computes it in fp32.
+    """
+    from openvino.passes import ConstantFolding, Manager
+
     from visformer.bundles.graphs import quiet
 
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(batch)
     with contextlib.redirect_stdout(sys.stderr), quiet():
         nncf = _nncf()
         return nncf.quantize(

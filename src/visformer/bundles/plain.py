@@ -21,8 +21,10 @@ from visformer.models.attention import Attention, WindowAttention
 from visformer.models.layers import PatchEmbed, PatchProjection, PointwiseConv, PositionEmbed, Residual, pad_to_multiple
 
 
-def plain(model: Visformer, *, dynamic_size: bool = False) -> nn.Module:
+def plain(model: Visformer, *, dynamic_size: bool = False, split_first: bool = False) -> nn.Module:
     """A copy of `model`, in evaluation mode, that gives the same logits to within rounding; `model` stays as it is.
+
+    For `split_first` see `PlainAttention`.
 
     With `dynamic_size` it takes any size whose sides are multiples of 32. Raises `UsageError` for a model of windows,
     whose number is part of its shape.
@@ -37,7 +39,7 @@ def plain(model: Visformer, *, dynamic_size: bool = False) -> nn.Module:
             _fold_before(module)
     if isinstance(model.stem, nn.Sequential):
         _fold_after(model.stem, "0", "1")
-    _replace(model, dynamic_size)
+    _replace(model, dynamic_size, split_first)
     return PlainModel(model)
 
 
@@ -74,9 +76,12 @@ class PlainAttention(nn.Module):
     (B, heads, N, head_dim) is the form in which runtimes know attention and fuse it. Where maps lie in channels_last
     memory, as int8 convolutions have them, it is no more than a view of what each convolution gives; with one
     convolution for all three OpenVINO took a tenth of the whole network's time to move things about.
+
+    `split_first` splits the channels into heads before positions and channels change places. In bf16 OpenVINO 2026.4
+    gives wrong numbers for the other order where there are as many heads as positions.
     """
 
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: Attention, split_first: bool):
         super().__init__()
         self.heads = (attention.num_heads, attention.head_dim)
         width = attention.num_heads * attention.head_dim
@@ -85,15 +90,31 @@ class PlainAttention(nn.Module):
         biases = (None, None, None) if bias is None else bias.split(width)
         self.q, self.k, self.v = (_conv(*pair) for pair in zip(weight.split(width), biases, strict=True))
         self.proj = attention.proj
+        self.split, self.join = (_split_first, _join_last) if split_first else (_split_last, _join_first)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same"""
-        q, k, v = (self._heads(part(x)) for part in (self.q, self.k, self.v))  # each (B, heads, N, d)
-        attended = (q @ k.transpose(2, 3)).softmax(3) @ v
-        return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2))
+        q, k, v = (self.split(part(x), self.heads) for part in (self.q, self.k, self.v))  # each (B, heads, N, d)
+        return self.proj(self.join((q @ k.transpose(2, 3)).softmax(3) @ v).unflatten(2, x.shape[-2:]))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, self.heads).transpose(1, 2)
+
+# (B, heads * d, H, W) -> (B, heads, N, d), and from there to (B, heads * d, N), in either order
+
+
+def _split_last(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    return x.flatten(2).transpose(1, 2).unflatten(2, heads).transpose(1, 2)
+
+
+def _join_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2).transpose(1, 2)
+
+
+def _split_first(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    return x.unflatten(1, heads).flatten(3).transpose(2, 3)
+
+
+def _join_last(x: Tensor) -> Tensor:
+    return x.transpose(2, 3).flatten(1, 2)
 
 
 class DynamicPositionEmbed(nn.Module):
@@ -112,16 +133,16 @@ class DynamicPositionEmbed(nn.Module):
         return x + (rows @ self.weight.float() @ columns.T).to(x.dtype)
 
 
-def _replace(parent: nn.Module, dynamic_size: bool) -> None:
+def _replace(parent: nn.Module, dynamic_size: bool, split_first: bool) -> None:
     """Replace what has a plainer form, at every depth."""
     for name, child in list(parent.named_children()):
-        _replace(child, dynamic_size)
+        _replace(child, dynamic_size, split_first)
         if isinstance(child, PointwiseConv):
             setattr(parent, name, _conv(child.weight, getattr(child, "bias", None)))
         elif isinstance(child, PatchEmbed):
             setattr(parent, name, PlainPatchEmbed(child))
         elif isinstance(child, Attention):
-            setattr(parent, name, PlainAttention(child))
+            setattr(parent, name, PlainAttention(child, split_first))
         elif isinstance(child, PositionEmbed) and dynamic_size:
             setattr(parent, name, DynamicPositionEmbed(child.weight))
 

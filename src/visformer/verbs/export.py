@@ -3,6 +3,7 @@
     visformer export --ckpt_path run/best.safetensors --output bundle
     visformer export --ckpt_path run/best.safetensors --format openvino --precision int8 \\
         --calib_dir photos/train --data_dir photos --output bundle-int8
+    visformer export --ckpt_path run/best.safetensors --format triton --output repository --name pets
 
 The exported model takes one decoded image of any size and preprocesses it in its graph, or with `--input tensor` the
 preprocessed batch. Its logits are compared with the checkpoint's; with labelled images its accuracy is measured beside
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
+    "triton": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "bf16", "int8"),
     "torch": ("fp32", "fp16", "bf16"),
 }
@@ -38,6 +40,7 @@ _INSTEAD = {
         "onnx",
         "bf16",
     ): "ONNX Runtime's CPU engine computes no bf16; take --format openvino or torch, or --precision fp16",
+    ("triton", "bf16"): "ONNX Runtime computes no bf16 on a CPU; take --precision fp16",
     ("torch", "int8"): "quantising is by OpenVINO or ONNX Runtime; take --format openvino or onnx",
 }
 
@@ -55,10 +58,11 @@ class ExportOptions:
     model: str = option(
         "", "name that the checkpoint's model must have; empty: any. With .mindcv, .authors or .timm: whose conventions"
     )
-    format: Literal["onnx", "openvino", "torch"] = option(
+    format: Literal["onnx", "openvino", "torch", "triton"] = option(
         "onnx",
         "onnx: fp32, fp16, int8, for ONNX Runtime; openvino: fp32, fp16, bf16, int8; torch: fp32, fp16, bf16, an "
-        "AOTInductor package for this processor, which takes a C++ compiler and minutes",
+        "AOTInductor package for this processor, which takes a C++ compiler and minutes; triton: as onnx, in a model "
+        "repository for NVIDIA Triton",
         group="Bundle",
     )
     precision: Literal["fp32", "fp16", "bf16", "int8"] = option(
@@ -66,14 +70,20 @@ class ExportOptions:
         "what it computes in. int8 needs calib_dir and labelled images. fp16 halves the file; ONNX Runtime computes it "
         "on a CPU in fp32, with conversions that cost time",
     )
-    input: Literal["image", "tensor"] = option(
-        "image", "image: one decoded uint8 image, height x width x channels, of any size; tensor: a preprocessed batch"
+    input: Literal["image", "tensor"] | None = option(
+        None,
+        "image: one decoded uint8 image, height x width x channels, of any size, which Triton can't batch; tensor: a "
+        "preprocessed batch. None: image, for triton tensor",
     )
     dynamic_image_size: bool = option(
-        False, "take batches of any size whose sides are multiples of 32; with --input tensor, onnx and openvino"
+        False, "take batches of any size whose sides are multiples of 32; with --input tensor, not with torch"
     )
-    output: str = option("", "folder of the bundle; it appears whole or not at all")
-    overwrite: bool = option(False, "replace the bundle that is in output")
+    output: str = option(
+        "",
+        "folder of the bundle, or for triton the repository, beside its other models; it appears whole or not at all",
+    )
+    name: str = option("", "triton: the model's name and folder in the repository; empty: the architecture's")
+    overwrite: bool = option(False, "replace the bundle that is in output, or the repository's model of that name")
     json: bool = option(False, "print bundle.json, without labels and samples, on stdout")
     calib_dir: str = option(
         "", "folder of images, searched at every depth, that int8 takes its ranges from", group="Data"
@@ -97,8 +107,12 @@ class ExportOptions:
                 raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be at least 0")
         if self.precision not in PRECISIONS[self.format]:
             raise UsageError(f"precision: {self.precision} with {self.format}: {_INSTEAD[self.format, self.precision]}")
+        if self.input is None:
+            self.input = "tensor" if self.format == "triton" else "image"
         if self.dynamic_image_size and (self.input != "tensor" or self.format == "torch"):
-            raise UsageError("dynamic_image_size: goes with --input tensor and --format onnx or openvino")
+            raise UsageError("dynamic_image_size: goes with --input tensor and --format onnx, openvino or triton")
+        if self.name and self.format != "triton":
+            raise UsageError(f"name: {self.name} goes with --format triton; a bundle is called as its folder is")
 
     @property
     def is_measured(self) -> bool:
@@ -118,7 +132,8 @@ def run(options: ExportOptions) -> int:
 
 
 def export(options: ExportOptions) -> Bundle:
-    """Export a checkpoint to the folder `output`, and open the bundle; prints nothing on stdout.
+    """Export a checkpoint to the folder `output`, and open the bundle; prints nothing on stdout. With triton, the
+    bundle is version 1 of the model in the repository `output`.
 
     Raises `UsageError` for what can't be exported so, and `RunError` when the result differs or loses too much.
     """
@@ -131,7 +146,7 @@ def export(options: ExportOptions) -> Bundle:
     request = Request(
         format=options.format,
         precision=options.precision,
-        input=options.input,
+        input=options.input or "image",  # never None: see ExportOptions
         dynamic_image_size=options.dynamic_image_size,
         checkpoint=options.ckpt_path,
         calibration=_calibration(options, model.preprocessing.in_channels),
@@ -139,6 +154,11 @@ def export(options: ExportOptions) -> Bundle:
         measure=labelled.measure if labelled else None,
         note=console.note,
     )
+    if options.format == "triton":
+        from visformer.bundles.triton_files import write_repository
+
+        folder = Path(options.output) / (options.name or model.model_name)
+        return write_repository(model, request, folder, overwrite=options.overwrite)
     return build(model, request, Path(options.output), overwrite=options.overwrite)
 
 
@@ -152,6 +172,7 @@ def _check(options: ExportOptions) -> None:
         raise UsageError("ckpt_path: no checkpoint given; name one with --ckpt_path RUN/best.safetensors")
     needed = {
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "triton": ["onnx", "onnxscript", "onnxruntime"],
         "openvino": ["onnx", "onnxscript", "openvino"],
         "torch": [],
     }
@@ -168,16 +189,26 @@ def _check(options: ExportOptions) -> None:
         )
     if options.precision == "int8" and not Path(options.calib_dir).is_dir():
         raise UsageError(f"calib_dir: {options.calib_dir} is no folder")
-    from visformer.bundles.build import check_destination
     from visformer.bundles.bundle import is_bundle
 
-    check_destination(Path(options.output), options.overwrite)
+    _check_destination(options)
     if is_bundle(options.ckpt_path):
         raise UsageError(f"ckpt_path: {options.ckpt_path} is a bundle already; give the checkpoint it came from")
     if options.format == "torch":
         from visformer.bundles.torch_files import check_compiler
 
         check_compiler()
+
+
+def _check_destination(options: ExportOptions) -> None:
+    """Raise `UsageError` when it may not be written to; of a repository as much as is known before the model is."""
+    from visformer.bundles.build import check_destination
+    from visformer.bundles.triton_files import check_repository
+
+    if options.format == "triton":
+        check_repository(Path(options.output), options.name, options.overwrite)
+    else:
+        check_destination(Path(options.output), options.overwrite)
 
 
 def _calibration(options: ExportOptions, channels: int) -> Images:
