@@ -42,7 +42,7 @@ def test_json_is_one_document_with_every_contender_and_circumstance(what, capsys
     assert json.loads(output.read_text()) == document
     assert [path.name for path in output.parent.iterdir()] == ["bench.json"]
     assert "same logits as timm's" in captured.err
-    assert (document["what"], document["against"]) == (what, "timm")
+    assert (document["what"], document["against"]) == (what, ["timm"])
     assert (document["image_size"], document["repeats"], document["warmup"]) == (32, 2, 0)
     assert document["device"].startswith("cpu") and document["processor"]
     assert document["cores"] >= 1 and document["threads"] == 1
@@ -52,10 +52,13 @@ def test_json_is_one_document_with_every_contender_and_circumstance(what, capsys
     assert (result["model"], result["batch_size"]) == ("visformer_tiny", 2)
     assert result["logit_difference"] < 1e-6
     kinds = [(c["name"], c["precision"], c["memory_format"]) for c in result["contenders"]]
-    assert kinds == [
-        ("visformer", "bf16", "channels_last"),
+    ours = "bf16" if what == "infer" else kinds[0][1]  # what measures faster here
+    assert ours in ("fp32", "bf16")
+    assert ("times as fast as fp32 here" in captured.err) == (what == "train")
+    assert kinds[:3] == [  # infer has more
+        ("visformer", ours, "channels_last"),
         ("timm", "fp32", "contiguous"),
-        ("timm as ours", "bf16", "channels_last"),
+        ("timm as ours", ours, "channels_last"),
     ]
     for record in result["contenders"]:
         low, high = record["images_per_s_quartiles"]
@@ -134,14 +137,24 @@ def test_all_train_from_the_same_weights_on_the_same_batch():
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+def test_compiled_contenders_are_asked_for(monkeypatch):
+    pair = bench_timm.build_pair("visformer_tiny", 32)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(type(model).__module__) or model)
+    config = bench_timm.training_config("visformer_tiny", 2, 32, "O0").change(compile=True)
+    names = [c.name for c in bench_timm.contenders(pair, config, CPU, "train")]
+    assert names == ["visformer", "timm", "timm as ours", "timm as ours, compiled"]
+    assert compiled == ["visformer.models.visformer", "timm.models.visformer"]
+
+
 # ---- what is refused
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--what", "serve"], "what: 'serve' is not one of train, infer"),
-        (["--against", "mindcv"], "against: 'mindcv' is not timm"),
+        (["--what", "serving"], "what: 'serving' is not one of train, infer"),
+        (["--against", "mindcv"], "against: 'mindcv' is not one of timm, onnxruntime, openvino"),
         (
             ["--models", "visformer_tiny_v2"],
             "models: timm has no visformer_tiny_v2 to measure against; it has visformer_",

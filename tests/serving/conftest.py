@@ -15,6 +15,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from tests.serving.fakes import Fake, write_version
+from tests.serving.models import write_small_bundle, write_small_checkpoint
 from visformer.serving.app import Service, make_app
 from visformer.serving.server import Server, listen
 from visformer.serving.settings import Settings
@@ -75,20 +76,7 @@ def listening(fake, models) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A small Visformer of five classes, with random weights."""
-    import torch
-
-    from visformer.checkpoint import Checkpoint, write_checkpoint
-    from visformer.data.preprocessing import Preprocessing
-    from visformer.models import Architecture, StageConfig, Visformer
-
-    torch.manual_seed(0)
-    stages = (StageConfig(width=16, depth=1, patch_size=4), StageConfig(width=32, depth=1, patch_size=2))
-    model = Visformer(Architecture(8, stages, num_classes=5, image_size=(32, 32), in_channels=3, groups=2)).eval()
-    path = tmp_path_factory.mktemp("run") / "best.safetensors"
-    labels = ["bird", "cat", "dog", "frog", "horse"]
-    preprocessing = Preprocessing((32, 32), crop_pct=0.9)
-    write_checkpoint(path, Checkpoint("visformer_tiny", model.config, labels, preprocessing, model.state_dict()))
-    return path
+    return write_small_checkpoint(tmp_path_factory.mktemp("run") / "best.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +84,4 @@ def bundle(checkpoint, tmp_path_factory) -> Path:
     """A bundle of it, called `pets`."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from visformer.bundles.build import Request, build
-    from visformer.pretrained import load
-
-    folder = tmp_path_factory.mktemp("bundles") / "pets"
-    build(load(checkpoint), Request("onnx", "fp32", "tensor", checkpoint=str(checkpoint)), folder)
-    return folder
+    return write_small_bundle(checkpoint, tmp_path_factory.mktemp("bundles") / "pets")

@@ -8,8 +8,8 @@ that slow clients fill no places. The work for a request ends when its deadline 
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -82,7 +82,7 @@ class Door:
 
     def enter(self, request_id: str = "") -> Call:
         """Begin a request; `request_id` is the client's, which is kept if it is short and plain."""
-        known = request_id if _REQUEST_ID.fullmatch(request_id) else secrets.token_hex(8)
+        known = request_id if _REQUEST_ID.fullmatch(request_id) else f"{random.getrandbits(64):016x}"
         timeout_s = self.settings.timeout_s
         return Call(known, asyncio.get_running_loop().time() + timeout_s, timeout_s)
 

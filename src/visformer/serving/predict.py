@@ -67,7 +67,9 @@ def predict_router(repository: Repository, inference: Inference, door: Door) -> 
 async def _label(
     inference: Inference, call: Call, model: ServedModel, body: bytes, content_type: str, top_k: int
 ) -> JSONResponse:
-    files = await inference.decoder.call(files_of, body, content_type, inference.settings.max_images)
+    files = [("", body)]
+    if is_form(content_type):
+        files = await inference.decoder.call(files_of, body, content_type, inference.settings.max_images)
     results = await inference.images(call, model, [data for _, data in files])
     names = [name for name, _ in files]
     if len(results) * len(model.labels) <= WRITTEN_AT_ONCE:
@@ -88,6 +90,11 @@ def _answer(model: ServedModel, names: list[str], results: list[np.ndarray | Ref
     if len(refused) == len(records):
         raise refused[0]
     return JSONResponse({"model": model.name, "version": model.version, "images": records})
+
+
+def is_form(content_type: str) -> bool:
+    """True for a body of several parts, which takes a while to take apart."""
+    return parse_options_header(content_type)[0] == b"multipart/form-data"
 
 
 def files_of(body: bytes, content_type: str, at_most: int) -> list[tuple[str, bytes]]:

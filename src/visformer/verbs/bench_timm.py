@@ -2,7 +2,7 @@
 
 Three contenders: ours, as `visformer train` and `visformer validate` run it; timm's model as it comes (fp32, eager,
 contiguous), which is the baseline; and timm's in our precision and memory format, which tells how much of the
-difference these make. Before anything is timed, the two models must give the same logits in float64.
+difference these make. Where ours is compiled to train, there is a fourth, that of timm compiled as well. Before anything is timed, the two models must give the same logits in float64.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def build_pair(name: str, image_size: int) -> Pair:
     theirs = timm.create_model(
         name, num_classes=NUM_CLASSES, img_size=image_size, drop_path_rate=ours.config.drop_path_rate
     )
+    _settle(theirs, image_size)
     names = timms_names(ours)
     ours.load_state_dict({names[key]: tensor for key, tensor in theirs.state_dict().items()})
     difference = logit_difference(ours, theirs, image_size)
@@ -82,6 +83,20 @@ def build_pair(name: str, image_size: int) -> Pair:
             f"most {TOLERANCE:.0e} is allowed; nothing was timed. Try another version of timm"
         )
     return Pair(ours, theirs, difference)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, image_size: int) -> None:
+    """Give the norms the statistics of noise, as training would those of images: with fresh ones activations grow from
+    block to block, until rounding decides the logits."""
+    generator = torch.Generator().manual_seed(0)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(torch.randn(4, 3, image_size, image_size, generator=generator))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 @torch.no_grad()
@@ -102,12 +117,12 @@ def logit_difference(ours: Visformer, theirs: nn.Module, image_size: int) -> flo
 
 
 def contenders(pair: Pair, config: TrainConfig, device: torch.device, what: str) -> list[Contender]:
-    """The three ways to do a step of `what` (train or infer) on one synthetic batch, which all share.
+    """The ways to do a step of `what` (train or infer) on one synthetic batch, which all share.
 
-    They get copies of the pair's weights; `config` is that of `training_config`.
+    They get copies of the pair's weights; `config` is that of `training_config`, its precision not auto.
     """
     batch = synthetic_batch(config, device)
-    images = Preprocessing.from_config(config).normalize(batch.images)
+    images = synthetic_images(config, device)
     plain, last = images.contiguous(), images.contiguous(memory_format=torch.channels_last)
     ours, theirs, theirs_last = copy.deepcopy(pair.ours), copy.deepcopy(pair.theirs), copy.deepcopy(pair.theirs)
     theirs.to(device)
@@ -122,11 +137,15 @@ def contenders(pair: Pair, config: TrainConfig, device: torch.device, what: str)
         their_step = _inference(theirs, plain, "O0")
         their_step_as_ours = _inference(theirs_last, last, config.amp_level)
     precision = "fp32" if config.amp_level == "O0" else config.amp_dtype
-    return [
+    found = [
         Contender("visformer", precision, "channels_last", our_step),
         Contender(BASELINE, "fp32", "contiguous", their_step),
         Contender("timm as ours", precision, "channels_last", their_step_as_ours),
     ]
+    if what == "train" and config.compile:
+        step = _training(copy.deepcopy(theirs_last), last, batch.targets, config.amp_level, compiled=True)
+        found.append(Contender("timm as ours, compiled", precision, "channels_last", step))
+    return found
 
 
 def training_config(name: str, batch_size: int, image_size: int, amp_level: Any) -> TrainConfig:
@@ -156,6 +175,16 @@ def synthetic_batch(config: TrainConfig, device: torch.device) -> Batch:
     return Batch(images, targets.to(device), list(range(config.batch_size)))
 
 
+def synthetic_images(config: TrainConfig, device: torch.device) -> Tensor:
+    """The images of that batch as a model takes them: normalised, fp32."""
+    return Preprocessing.from_config(config).normalize(synthetic_batch(config, device).images)
+
+
+def compiled_timm(pair: Pair, device: torch.device) -> nn.Module:
+    """timm's model behind torch.compile."""
+    return torch.compile(copy.deepcopy(pair.theirs).to(device).eval())  # type: ignore[return-value]
+
+
 def _our_training(model: Visformer, config: TrainConfig, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
     """What `visformer train` does with a batch, from uint8 on: normalisation is in the step, unlike in timm's."""
     trainer = Trainer(model.train(), config, device, batches_per_epoch=1)
@@ -167,14 +196,17 @@ def _our_training(model: Visformer, config: TrainConfig, batch: Batch, device: t
     return step
 
 
-def _training(model: nn.Module, images: Tensor, targets: Tensor, amp_level: str) -> Callable[[], Tensor]:
+def _training(
+    model: nn.Module, images: Tensor, targets: Tensor, amp_level: str, *, compiled: bool = False
+) -> Callable[[], Tensor]:
     """The same step as a plain loop: forward, label-smoothed cross entropy, backward, torch's AdamW as it comes."""
     model.train()
+    forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def step() -> Tensor:
         with autocast(images.device, amp_level, "bf16"):
-            loss = F.cross_entropy(model(images), targets, label_smoothing=LABEL_SMOOTHING)
+            loss = F.cross_entropy(forward(images), targets, label_smoothing=LABEL_SMOOTHING)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
