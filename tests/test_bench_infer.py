@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -100,6 +101,43 @@ def test_compiled_peers_give_the_models_logits(monkeypatch):
     [peer] = bench_infer.peers(pair.theirs, images)
     assert (peer.name, peer.precision) == ("timm compiled", "fp32") and asked == [{}]
     assert bench_infer.difference(peer, bench_infer.exact_logits(pair.ours.eval(), images)) < 1e-4
+
+
+def test_a_graph_infers_the_images_that_it_is_given_each_time(monkeypatch):
+    """With a stand-in for the device: what is recorded is computed again at each replay."""
+
+    class Graph:
+        def replay(self):
+            self.logits.copy_(model(self.inputs))
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def recording(graph):
+        begun = len(seen)
+        yield
+        [(graph.inputs, graph.logits)] = seen[begun:]
+
+    seen, weight = [], torch.randn(5, 3 * 4 * 4)
+
+    def model(images):
+        logits = images.flatten(1) @ weight.T
+        seen.append((images, logits))
+        return logits
+
+    for name, stand_in in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": recording}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    step = bench_infer.recorded(model, images)
+    assert len(seen) == 4  # three to warm up, one recorded
+    assert seen[-1][0] is not images and seen[-1][0].is_contiguous(memory_format=torch.channels_last)
+    first = step()
+    assert torch.equal(first, model(images))
+    images.mul_(2)
+    assert torch.equal(step(), model(images)) and not torch.equal(first, model(images))  # the first was a copy
 
 
 @pytest.mark.slow

@@ -78,4 +78,5 @@ def images(model: Visformer, count: int = 2, seed: int = 2) -> torch.Tensor:
 
 def off_by(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference in units of the largest logit."""
+    logits, expected = logits.detach(), expected.detach()
     return float((logits.double() - expected.double()).abs().max() / expected.double().abs().max())

@@ -56,7 +56,7 @@ def test_what_was_measured_is_not_measured_again(cache, monkeypatch):
     model = build(SMALL)
     visformer.fuse(model)(images(model))
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise AssertionError("measured again")
 
     monkeypatch.setattr("visformer.fusion.tuner.time_candidates", refuse)

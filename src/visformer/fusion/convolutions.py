@@ -5,6 +5,7 @@ Maps are (B, C, H, W) in channels_last memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visformer import kernels
-from visformer.fusion.operation import Candidates, Operation, activate, compiled, described, text
+from visformer.fusion.operation import Candidates, Cost, Operation, activate, compiled, cost_of, described, text
 from visformer.fusion.tuner import Tuner
 from visformer.kernels.launch import runs_triton
 from visformer.models.layers import pad_to_multiple
@@ -48,6 +49,11 @@ class Stem(Operation):
     def signature(self, x: Tensor) -> str:
         """See `Operation`."""
         return f"stem {described(x.shape, self.weight.shape)} {'bytes' if x.dtype == torch.uint8 else 'normalised'}"
+
+    def cost(self, x: Tensor) -> Cost:
+        """See `Operation`."""
+        result = (len(x), len(self.weight), -(-x.shape[2] // 2), -(-x.shape[3] // 2))
+        return cost_of(_flops(result, self.weight), result, x, self.bias, self.weight)
 
     def candidates(self, x: Tensor) -> Candidates:
         """The library's convolution; compiled; our kernel."""
@@ -98,6 +104,13 @@ class PatchEmbed(Operation):
         """See `Operation`."""
         return f"patch_embed {described(x.shape, self.weight.shape)}"
 
+    def cost(self, x: Tensor) -> Cost:
+        """See `Operation`."""
+        size = self.weight.shape[-1]
+        result = (len(x), len(self.weight), -(-x.shape[2] // size), -(-x.shape[3] // size))
+        bias = self.bias_map((result[2], result[3]))
+        return cost_of(_flops(result, self.weight), result, x, None if bias is None else bias.to(x), self.weight)
+
     def candidates(self, x: Tensor) -> Candidates:
         """A product over the pixels of each patch; the library's convolution; compiled; our kernel."""
         weight, size = self.weight, self.weight.shape[-1]
@@ -142,6 +155,11 @@ class Convolution(Operation):
         """See `Operation`."""
         return f"convolution {described(x.shape, self.weight.shape)} {self.groups} groups {self.activation}"
 
+    def cost(self, x: Tensor) -> Cost:
+        """See `Operation`."""
+        result = (len(x), len(self.weight), *x.shape[2:])
+        return cost_of(_flops(result, self.weight), result, x, self.weight)
+
     def candidates(self, x: Tensor) -> Candidates:
         """The library's convolution; neighbouring groups as one, zero between them; compiled; our kernel."""
         weight, groups = self.weight, self.groups
@@ -183,6 +201,12 @@ def merge_groups(weight: Tensor, groups: int, count: int) -> Tensor:
     for i in range(count):
         merged[:, i, :, i] = parts[:, i]
     return merged.flatten(3, 4).flatten(0, 2)
+
+
+def _flops(result: tuple[int, ...], weight: Tensor) -> int:
+    """Those of a convolution by `weight`, (out, in / groups, k, k), that gives a map of the shape `result`; what falls
+    on padding counts."""
+    return 2 * math.prod(result) * weight[0].numel()
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visformer.fusion.convolutions import Convolution, PatchEmbed, Stem
 from visformer.fusion.folding import fold_after, fold_before, fold_queries, remainder
-from visformer.fusion.operation import Operation
+from visformer.fusion.operation import Cost, Operation
 from visformer.fusion.products import Attention, Linear, Mlp, PoolHead
 from visformer.fusion.tuner import Tuner
 from visformer.models import Visformer, layers
@@ -141,9 +141,20 @@ class AttentionOverMap(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """(B, 3 * heads * d, H, W) -> (B, heads * d, H, W)"""
+        return self.over(qkv)(qkv)
+
+    def signature(self, qkv: Tensor) -> str:
+        """See `Operation`."""
+        return self.over(qkv).signature(qkv)
+
+    def cost(self, qkv: Tensor) -> Cost:
+        """See `Operation`."""
+        return self.over(qkv).cost(qkv)
+
+    def over(self, qkv: Tensor) -> Operation:
+        """The attention for maps of this size."""
         grid = (qkv.shape[2], qkv.shape[3]) if self.windowed else (0, 0)
-        attention = self.sizes.get(grid) or self._build(grid)
-        return attention(qkv)
+        return self.sizes.get(grid) or self._build(grid)
 
     def _build(self, grid: tuple[int, int]) -> Operation:
         windows, bias = None, None

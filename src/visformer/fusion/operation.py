@@ -7,9 +7,12 @@ one: packs its weights, compiles it. Later calls look it up.
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,15 @@ from torch import Tensor, nn
 from visformer.fusion.tuner import Run, Tuner
 
 Candidates = dict[str, Callable[[], Run]]
+_COMPILED = itertools.count()  # functions so far
+
+
+class Cost(NamedTuple):
+    """What an operation takes at least: the products' floating-point operations, a multiplication and an addition being
+    two, and the bytes of memory when each input and weight is read once and the result written once."""
+
+    flops: int
+    bytes: int
 
 
 class Operation(nn.Module, ABC):
@@ -37,6 +49,10 @@ class Operation(nn.Module, ABC):
     def signature(self, *inputs: Any) -> str:
         """What the operation is and its shapes."""
 
+    @abstractmethod
+    def cost(self, *inputs: Any) -> Cost:
+        """Counted from the shapes; see `Cost`."""
+
     def forward(self, *inputs: Any) -> Tensor:
         """See the class."""
         key = tuple((value.shape, value.dtype) if isinstance(value, Tensor) else value for value in inputs)
@@ -54,8 +70,27 @@ class Operation(nn.Module, ABC):
 
 
 def compiled(function: Run) -> Callable[[], Run]:
-    """A candidate: `function` through torch.compile, for fixed shapes."""
-    return lambda: torch.compile(function, dynamic=False, fullgraph=True)
+    """A candidate: `function` through torch.compile, for fixed shapes.
+
+    torch.compile counts what it compiled by the code of a function, and refuses after eight: layers of one kind share
+    their code, so each gets a copy.
+    """
+
+    def build() -> Run:
+        assert isinstance(function, FunctionType)
+        code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COMPILED)}")
+        own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+        return torch.compile(own, dynamic=False, fullgraph=True)
+
+    return build
+
+
+def cost_of(flops: int, result: tuple[int, ...], *read: Tensor | None) -> Cost:
+    """The cost of `flops` on what is `read`, the first of it an input, that gives a tensor of the shape `result`, of
+    the dtype of the last."""
+    there = [tensor for tensor in read if tensor is not None]
+    written = math.prod(result) * there[-1].element_size()
+    return Cost(flops, written + sum(tensor.numel() * tensor.element_size() for tensor in there))
 
 
 def described(*shapes: Any) -> str:

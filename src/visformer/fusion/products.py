@@ -5,12 +5,25 @@ Maps are (B, C, H, W) in channels_last memory, so that (B * H * W, C) is a view 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from visformer import kernels
-from visformer.fusion.operation import Candidates, Operation, activate, as_map, compiled, described, rows, text
+from visformer.fusion.operation import (
+    Candidates,
+    Cost,
+    Operation,
+    activate,
+    as_map,
+    compiled,
+    cost_of,
+    described,
+    rows,
+    text,
+)
 from visformer.fusion.tuner import Run, Tuner
 from visformer.kernels.launch import runs_triton
 from visformer.models.attention import Windows
@@ -32,6 +45,11 @@ class Linear(Operation):
         """See `Operation`."""
         what = ("bias",) * (self.bias is not None) + ("residual",) * (residual is not None) + (self.activation,)
         return f"linear {described(x.shape, self.weight.shape)} {' '.join(what)}"
+
+    def cost(self, x: Tensor, residual: Tensor | None = None) -> Cost:
+        """See `Operation`."""
+        result = (len(x), len(self.weight), *x.shape[2:])
+        return cost_of(2 * math.prod(result) * x.shape[1], result, x, residual, self.bias, self.weight)
 
     def candidates(self, x: Tensor, residual: Tensor | None = None) -> Candidates:
         """The library's product, with what it can take along; as a convolution; compiled; our kernel."""
@@ -81,6 +99,12 @@ class Mlp(Operation):
         """See `Operation`."""
         return f"mlp {described(x.shape, self.first.weight.shape)} {self.first.activation}"
 
+    def cost(self, x: Tensor) -> Cost:
+        """See `Operation`; x serves as residual without being read again."""
+        flops = 2 * math.prod(x.shape) * (len(self.first.weight) + len(self.second.weight[0]))
+        read = (self.first.bias, self.second.bias, self.first.weight, self.second.weight)
+        return cost_of(flops, tuple(x.shape), x, *read)
+
     def candidates(self, x: Tensor) -> Candidates:
         """Two products, each of them tuned by itself; our kernel."""
         first, second, mlp = self.first, self.second, kernels.mlp
@@ -115,6 +139,13 @@ class Attention(Operation):
         """See `Operation`."""
         cut = "" if self.windows is None else f" windows {described(self.windows.size, self.windows.shift)}"
         return f"attention {described(qkv.shape)} {self.num_heads} heads{cut}"
+
+    def cost(self, qkv: Tensor) -> Cost:
+        """See `Operation`; a window that reaches beyond the map counts whole, the softmax not at all."""
+        batch, channels, *sides = qkv.shape
+        padded, size = (sides, sides) if self.windows is None else (self.windows.padded, self.windows.size)
+        pairs = math.prod(padded) * math.prod(size)  # of a query and a key, for each image and head
+        return cost_of(4 * batch * pairs * channels // 3, (batch, channels // 3, *sides), qkv, self.bias, qkv[:0])
 
     def candidates(self, qkv: Tensor) -> Candidates:
         """The library's attention; as products with a softmax between; our kernel."""
@@ -181,6 +212,11 @@ class PoolHead(Operation):
     def signature(self, x: Tensor) -> str:
         """See `Operation`."""
         return f"pool_head {described(x.shape, self.weight.shape)}"
+
+    def cost(self, x: Tensor) -> Cost:
+        """See `Operation`."""
+        result = (len(x), len(self.weight))
+        return cost_of(2 * math.prod(result) * x.shape[1], result, x, self.bias, self.weight)
 
     def candidates(self, x: Tensor) -> Candidates:
         """The library's mean and product; compiled; our kernel."""

@@ -27,7 +27,7 @@ from visformer.atomic import atomic_text
 from visformer.errors import RunError
 from visformer.machine import available_cores, cache_folder
 
-Run = Callable[..., Tensor]
+Run = Callable[..., Any]  # gives a tensor, or in training several
 CHOICES = ("fastest", "library", "kernels")
 
 _ROUNDS = 5
@@ -36,14 +36,20 @@ _TURN_S = 0.02  # that a candidate's turn takes at least, unless a single call t
 _REPLAYS = 20  # calls of a candidate in one CUDA graph
 # How far a candidate's result may be from the library's, in units of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_TF32_TOLERANCE = 1e-2  # the library's convolutions of fp32 on CUDA, unless that is switched off
 
 
 class Tuner:
-    """Chooses among candidates by `choice`: the fastest, the library's, or the first kernel of ours that there is."""
+    """Chooses among candidates by `choice`: the fastest, the library's, or the first kernel of ours that there is.
 
-    def __init__(self, choice: str, device: torch.device, dtype: torch.dtype):
+    With `graphs` a candidate is timed on CUDA as part of a graph; without, as PyTorch starts it.
+    """
+
+    def __init__(self, choice: str, device: torch.device, dtype: torch.dtype, *, graphs: bool = True):
         self.choice = choice
-        self.tolerance = _TOLERANCES[dtype]
+        self.graphs = graphs
+        in_tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+        self.tolerance = _TF32_TOLERANCE if in_tf32 else _TOLERANCES[dtype]
         self._path = cache_folder() / "tuning" / f"{_slug(device_name(device), dtype)}.json"
         self._known: dict[str, Any] | None = None
 
@@ -73,21 +79,21 @@ class Tuner:
         for name, build in candidates.items():
             try:
                 run = build()
-                result = run(*inputs).float()
+                result = run(*inputs)
             except Exception as error:  # a kernel that does not fit the device, a compiler that is not there
                 if expected is None:
                     raise
                 console.warn(f"{signature}: {name} can't be used here: {_line(error)}", once=True)
                 continue
             expected = result if expected is None else expected
-            difference = float((result - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+            difference = _difference(result, expected)
             if not difference <= self.tolerance:
                 console.warn(f"{signature}: {name} is left out: it is off by {difference:.1e} of the largest value")
                 continue
             built[name] = run
         if len(built) == 1:
             return built, dict.fromkeys(built, 0.0)
-        return built, time_candidates(built, inputs)
+        return built, time_candidates(built, inputs, self.graphs)
 
     # ---- what is remembered
 
@@ -114,10 +120,17 @@ def _read(path: Any) -> dict[str, Any]:
     return {name: entry for name, entry in entries if isinstance(entry, dict)}
 
 
-def time_candidates(built: Mapping[str, Run], inputs: tuple[Any, ...]) -> dict[str, float]:
+def _difference(result: Any, expected: Any) -> float:
+    """The largest difference of two tensors, or of two rows of them, each in units of its largest value."""
+    pairs = zip(result, expected, strict=True) if isinstance(expected, tuple) else [(result, expected)]
+    apart = [(a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-6) for a, b in pairs]
+    return float(torch.stack(apart).max())
+
+
+def time_candidates(built: Mapping[str, Run], inputs: tuple[Any, ...], graphs: bool = True) -> dict[str, float]:
     """Seconds a call of each, the median of its turns; what dropped out keeps what it had."""
     device = next(value.device for value in inputs if isinstance(value, Tensor))
-    prepared = {name: _turn(run, inputs, device) for name, run in built.items()}
+    prepared = {name: _turn(run, inputs, device, graphs) for name, run in built.items()}
     turns: dict[str, list[float]] = {name: [] for name in built}
     for _ in range(_ROUNDS):
         best = min((min(taken) for taken in turns.values() if taken), default=float("inf"))
@@ -127,23 +140,29 @@ def time_candidates(built: Mapping[str, Run], inputs: tuple[Any, ...]) -> dict[s
     return {name: statistics.median(taken) for name, taken in turns.items()}
 
 
-def _turn(run: Run, inputs: tuple[Any, ...], device: torch.device) -> Callable[[], float]:
+def _turn(run: Run, inputs: tuple[Any, ...], device: torch.device, graphs: bool) -> Callable[[], float]:
     """A function that takes a turn: seconds a call. The first calls are done here, and not counted."""
     for _ in range(2):
         run(*inputs)
-    if device.type == "cuda":
+    if device.type == "cuda" and graphs:
         return _cuda_turn(run, inputs)
-    began = time.perf_counter()
-    run(*inputs)
-    calls = max(1, min(50, round(_TURN_S / max(time.perf_counter() - began, 1e-7))))
 
-    def turn() -> float:
+    def seconds(calls: int) -> float:
+        _wait(device)
         began = time.perf_counter()
         for _ in range(calls):
             run(*inputs)
+        _wait(device)
         return (time.perf_counter() - began) / calls
 
-    return turn
+    calls = max(1, min(50, round(_TURN_S / max(seconds(1), 1e-7))))
+    return lambda: seconds(calls)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done all it was given; the CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _cuda_turn(run: Run, inputs: tuple[Any, ...]) -> Callable[[], float]:
