@@ -38,12 +38,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="visformer-") as place:
         calibration = Path(place) / "calibration"
         write_calibration(options.data_dir, calibration)
-        rows = [
-            row(options, calibration, Path(place) / f"{form}-{precision}", form, precision)
-            for form in options.formats.split(",")
-            for precision in PRECISIONS[form]
-        ]
-    atomic_text(options.output, json.dumps({"checkpoint": options.ckpt_path, "rows": rows}, indent=2) + "\n")
+        rows = []
+        for form in options.formats.split(","):
+            for precision in PRECISIONS[form]:
+                rows.append(row(options, calibration, Path(place) / f"{form}-{precision}", form, precision))
+                document = {"what": "export_accuracy", "data": "fashion_mnist", "rows": rows}
+                atomic_text(options.output, json.dumps(document, indent=2) + "\n")
     cells = [
         [f"{r['format']} {r['precision']}", f"{100 * r['agreement']:.1f}", f"{r['difference']:.1e}", f"{r['top1']:.2f}"]
         for r in rows

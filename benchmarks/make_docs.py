@@ -307,7 +307,31 @@ def convert(document: dict[str, Any]) -> str:
     return f"{text}\n\nMedians of {document['repeats']} runs; torch {document['torch']}, {document['cpu']}."
 
 
+def _export_accuracy(document: Any) -> str:
+    rows = [
+        (
+            f"{row['format']} {row['precision']}",
+            f"{100 * row['agreement']:.1f}",
+            f"{row['difference']:.1e}",
+            f"{row['top1']:.2f}",
+            f"{row['top1'] - row['source_top1']:+.2f}",
+        )
+        for row in document["rows"]
+    ]
+    return table(["bundle", "same class, % of 1,000", "logits off by at most", "top-1, %", "points"], rows)
+
+
+def _export_parity(document: Any) -> str:
+    rows = [
+        (f"`{row['model']}`", f"{row['largest_logit']:.1f}", f"{row['onnx']:.1e}", f"{row['openvino']:.1e}")
+        for row in document["rows"]
+    ]
+    return table(["model", "largest logit", "ONNX Runtime off by", "OpenVINO off by"], rows)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "export_accuracy": _export_accuracy,
+    "export_parity": _export_parity,
     "train": steps,
     "infer": steps,
     "data": loading,

@@ -18,6 +18,7 @@ from visformer.checkpoint import load_state, read_checkpoint
 from visformer.cli import main
 from visformer.config import TrainConfig
 from visformer.errors import RunError, UsageError
+from visformer.fusion.training import spatial_mlps
 from visformer.options import to_yaml
 from visformer.pretrained import load
 from visformer.run_folder import RunFolder
@@ -450,3 +451,40 @@ def test_steps_between_saves(tmp_path):
     assert (state["epoch"], state["batch"]) == (1, 1)
     result = train(config(tmp_path / "run", resume="auto", **options))
     assert_same_weights(whole.last, result.last)
+
+
+def test_what_was_measured_is_taken_again_on_resume(tmp_path, monkeypatch):
+    """The ways and the precision of a run are those it began with, whatever a measurement would say now."""
+    monkeypatch.setenv("VISFORMER_CACHE", str(tmp_path / "cache"))
+    changes = {"speed": "measure", "amp_level": "auto", "num_samples": 64, "lr": 1e-4}
+    slow = {"O0": 2.0, "O2": 1.0}
+    monkeypatch.setattr("visformer.verbs.precision.seconds_of_a_step", lambda *_: slow)
+    monkeypatch.setattr(
+        "visformer.verbs.trainer.ways_to_train",
+        lambda model, *_, **__: dict.fromkeys(spatial_mlps(model), "merged 2"),
+    )
+    train(config(tmp_path / "whole", **changes))
+    original = Trainer.begin_epoch
+
+    def stop_at_the_second(self, epoch):
+        original(self, epoch)
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "begin_epoch", stop_at_the_second)
+        assert main(["train", "-c", save_config(tmp_path, config(tmp_path / "parts", **changes))]) == 130
+    state = load_state(tmp_path / "parts/last.state.pt")
+    assert set(state["ways"].values()) == {"merged 2"} and len(state["ways"]) == 7
+    assert "amp_level: O2" in state["config"]
+    assert "amp_level: O2" in (tmp_path / "parts/config.yaml").read_text()
+    for name in ("visformer.verbs.precision.seconds_of_a_step", "visformer.verbs.trainer.ways_to_train"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("measured again"))
+    train(config(tmp_path / "parts", resume="auto", **changes))
+    assert_same_weights(tmp_path / "whole/last.safetensors", tmp_path / "parts/last.safetensors")
+
+
+def test_another_speed_on_resume_is_told(tmp_path, capsys):
+    train(config(tmp_path / "run", num_samples=32, epoch_size=1))
+    train(config(tmp_path / "run", num_samples=32, epoch_size=2, resume="auto", speed="off"))
+    assert "resuming with another speed: auto before, off now" in capsys.readouterr().err

@@ -57,6 +57,12 @@ class TrainConfig:
     val_while_train: bool | None = option(None, "validate while training; None: yes when there is a validation set")
     val_interval: int = option(1, "epochs between validations")
     compile: bool = option(False, "torch.compile the training step: minutes to start, faster afterwards")
+    speed: Literal["auto", "measure", "off"] = option(
+        "auto",
+        "auto: compute in ways that give the same numbers to within rounding and are faster everywhere, and on an "
+        "accelerator the grouped convolutions in the way that measures fastest; measure: so on the CPU too; off: as "
+        "the model is written. What was measured is recorded in the run, and a resumed run takes it again",
+    )
     tensorboard: bool = option(
         False, "write TensorBoard's event files into the run folder; needs the extra [tensorboard]"
     )
@@ -240,10 +246,11 @@ class TrainConfig:
     distillation_alpha: float = option(0.5, "share of the teacher in the loss; the labels have the rest")
     distillation_tau: float = option(1.0, "temperature of the probabilities in soft distillation")
 
-    amp_level: Literal["O0", "O1", "O2", "O3"] = option(
+    amp_level: Literal["auto", "O0", "O1", "O2", "O3"] = option(
         "O0",
         "O0: fp32; O1, O2 and O3 are one here: products and maps in half precision under autocast, while weights, "
-        "BatchNorm's statistics and the loss stay in fp32",
+        "BatchNorm's statistics and the loss stay in fp32; auto: O0 or O2, whichever a few steps at the start show to "
+        "be faster here",
         group="Mixed precision",
     )
     amp_dtype: Literal["bf16", "fp16"] = option(

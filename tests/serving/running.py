@@ -39,7 +39,7 @@ class Running:
 
     def event(self, kind: str, count: int = 1) -> dict:
         """The `count`th of its kind, once it is there."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while len(self.events(kind)) < count:
             assert self.process.poll() is None, self.text
             assert time.monotonic() < deadline, self.text

@@ -45,7 +45,8 @@ def fuse(
             `library` takes PyTorch's, `kernels` ours wherever there is one, both without measuring.
         cuda_graphs: on CUDA, record the network for each shape of input and replay it.
 
-    Logits are within 1e-5 (float32) and about 3e-2 (bfloat16, as the model's own) of float64's, in units of the largest. Raises `UsageError`.
+    Logits are within 1e-5 (float32) and about 3e-2 (bfloat16, as the model's own) of float64's, in units of the
+    largest. Raises `UsageError`.
     """
     weight = next(model.parameters())
     dtype, device = dtype or weight.dtype, torch.device(device or weight.device)

@@ -2,7 +2,8 @@
 
 Three contenders: ours, as `visformer train` and `visformer validate` run it; timm's model as it comes (fp32, eager,
 contiguous), which is the baseline; and timm's in our precision and memory format, which tells how much of the
-difference these make. Where ours is compiled to train, there is a fourth, that of timm compiled as well. Before anything is timed, the two models must give the same logits in float64.
+difference these make. Where ours is compiled to train, there is a fourth, timm's compiled as well. Before anything is
+timed, the two models must give the same logits in float64.
 """
 
 from __future__ import annotations
@@ -178,11 +179,6 @@ def synthetic_batch(config: TrainConfig, device: torch.device) -> Batch:
 def synthetic_images(config: TrainConfig, device: torch.device) -> Tensor:
     """The images of that batch as a model takes them: normalised, fp32."""
     return Preprocessing.from_config(config).normalize(synthetic_batch(config, device).images)
-
-
-def compiled_timm(pair: Pair, device: torch.device) -> nn.Module:
-    """timm's model behind torch.compile."""
-    return torch.compile(copy.deepcopy(pair.theirs).to(device).eval())  # type: ignore[return-value]
 
 
 def _our_training(model: Visformer, config: TrainConfig, batch: Batch, device: torch.device) -> Callable[[], Tensor]:

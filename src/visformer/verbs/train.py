@@ -38,7 +38,9 @@ from visformer.verbs.beginning import announce, build_model, class_weights, firs
 from visformer.verbs.evaluation import evaluate
 from visformer.verbs.fine_tuning import adopt, choose
 from visformer.verbs.launch import devices_to_start, hand_back, is_helper, restarted, scaled, start_processes
+from visformer.verbs.memory import kept_memory
 from visformer.verbs.patience import Patience
+from visformer.verbs.precision import settle_precision
 from visformer.verbs.progress import Progress
 from visformer.verbs.resuming import compare_options
 from visformer.verbs.signals import StopRequest
@@ -82,7 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
     if (count := devices_to_start(config)) > 1:
         return TrainResult(**start_processes(config, count))
     device = select_device(config.device_target)
-    with joined(device, config.distribute) as here:
+    with kept_memory(device, config.speed != "off"), joined(device, config.distribute) as here:
         for name, why in config.without_effect().items():
             console.warn(f"{name} has no effect: {why}", once=True)
         folder = RunFolder(config.ckpt_save_dir, keep_max=config.keep_checkpoint_max, policy=config.ckpt_save_policy)
@@ -111,6 +113,7 @@ class Fit:
         self.preprocessing = Preprocessing.from_config(config)
         if state is None and checkpoint is not None:
             start_from(self.model, checkpoint, config, self.class_names)
+        self.config = config = settle_precision(config, self.model, device, state)
         pinned = self.device.type == "cuda"
         self.loader = make_train_loader(
             self.data.train, config, rank=here.rank, world_size=here.size, pin_memory=pinned, device=device
@@ -123,6 +126,7 @@ class Fit:
             here,
             class_weights=class_weights(self.data, config, self.class_names),
             distill=load_teacher(config, self.class_names, device),
+            ways=None if state is None else state.get("ways", {}),
         )
         self.epoch, self.batch, self.best_top1, self.skipped = 0, 0, None, {}
         self.bad_steps = 0

@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from visformer.config import TrainConfig
 from visformer.data import Batch, DeviceTransform, mix_seed
-from visformer.distributed import autocast
+from visformer.distributed import HALF, autocast
 from visformer.errors import RunError
 from visformer.freezing import frozen_parts, set_frozen
+from visformer.fusion.training import accelerate, ways_to_train
 from visformer.losses import build_loss
 from visformer.models import Visformer
 from visformer.optim import build_optimizer, set_learning_rate
-from visformer.processes import Place, several
+from visformer.processes import Place, on_first, several
 from visformer.schedule import learning_rates
 from visformer.sync_norm import synchronize
 
@@ -39,6 +40,7 @@ class Trainer:
 
     `step` counts optimizer steps since the run began; `steps_per_epoch` is how many an epoch has. `class_weights` (K,)
     go into the loss; `distill` turns the labels' loss, the logits and the images into the whole loss (see teacher.py).
+    `ways` is how the run to resume computed its grouped convolutions; None: chosen as `speed` says.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Trainer:
         *,
         class_weights: Tensor | None = None,
         distill: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        ways: dict[str, str] | None = None,
     ):
         self.config = config
         self.here = here
@@ -62,6 +65,7 @@ class Trainer:
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         if config.sync_bn and several():
             synchronize(self.model, device)
+        self.ways = self._accelerate(ways)
         self._build_forward()
         self.optimizer = build_optimizer(self.model, config, device)
         self.learning_rate = learning_rates(config, self.steps_per_epoch)
@@ -96,6 +100,18 @@ class Trainer:
         self.parallel = self._parallel() if several() else None
         forward: nn.Module = self.parallel or self.model
         self.forward = torch.compile(forward) if self.config.compile else forward
+
+    def _accelerate(self, recorded: dict[str, str] | None) -> dict[str, str]:
+        """Make the model faster as `speed` says, and give the ways its grouped convolutions are computed in."""
+        config, ways = self.config, {}
+        if config.speed == "off":
+            return ways
+        if config.speed == "measure" or self.device.type != "cpu":
+            dtype = torch.float32 if config.amp_level == "O0" else HALF[config.amp_dtype]
+            measure = partial(ways_to_train, self.model, config.batch_size, dtype=dtype)
+            ways = on_first(measure) if recorded is None else recorded
+        accelerate(self.model, ways)
+        return ways
 
     def train_batch(self, batch: Batch, index: int) -> None:
         """Learn from one batch, number `index` of its epoch; the optimizer steps when the accumulation is full."""
@@ -204,6 +220,7 @@ class Trainer:
             "step": self.step,
             "loss_sum": self.loss_sum,
             "bad_steps": self.bad_steps,
+            "ways": self.ways,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
