@@ -330,8 +330,6 @@ def _export_parity(document: Any) -> str:
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "export_accuracy": _export_accuracy,
-    "export_parity": _export_parity,
     "train": steps,
     "infer": steps,
     "data": loading,
@@ -341,6 +339,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fashion": fashion,
     "fine-tuning": fine_tuning,
     "convert": convert,
+    "export_accuracy": _export_accuracy,
+    "export_parity": _export_parity,
 }
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_json_is_one_document_with_both_stages_and_the_models_rate(capsys, tmp_p
     document = json.loads(captured.out)
     assert json.loads(output.read_text()) == document
     assert "9 JPEGs, 8" in captured.err and "1 workers" in captured.err
-    assert (document["what"], document["against"], document["workers"]) == ("data", "timm", 1)
+    assert (document["what"], document["against"], document["workers"]) == ("data", ["timm"], 1)
     assert (document["image_size"], document["auto_augment"], document["data_dir"]) == (32, "autoaug", "")
     assert document["versions"]["simplejpeg"] == simplejpeg.__version__ and "timm" in document["versions"]
     [result] = document["results"]

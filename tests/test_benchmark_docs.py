@@ -91,6 +91,23 @@ DOCUMENTS = {
     },
     "fashion": {"results": {"Visformer-tiny": {"params_m": 9.81, "gmacs": 0.0241, "top1": 90.15}}},
     "fine-tuning": {"100": {"from scratch": 84.6}, "500": {"from scratch": 93.0}},
+    "export_accuracy": {
+        "what": "export_accuracy",
+        "rows": [
+            {
+                "format": "onnx",
+                "precision": "int8",
+                "agreement": 0.996,
+                "difference": 0.25,
+                "source_top1": 87.83,
+                "top1": 87.78,
+            }
+        ],
+    },
+    "export_parity": {
+        "what": "export_parity",
+        "rows": [{"model": "net6", "largest_logit": 2.71, "onnx": 1.9e-05, "openvino": 1.3e-05}],
+    },
     "convert": {
         "repeats": 5,
         "torch": "2.15.0",
@@ -117,6 +134,8 @@ EXPECTED = {
     ],
     "fashion": ["| Visformer-tiny | 9.81 | 0.024 | 90.15 |"],
     "fine-tuning": ["| training | 100 images | 500 images |", "| from scratch, AdamW, 50 epochs | 84.6 | 93.0 |"],
+    "export_accuracy": ["| onnx int8 | 99.6 | 2.5e-01 | 87.78 | -0.05 |"],
+    "export_parity": ["| `net6` | 2.7 | 1.9e-05 | 1.3e-05 |"],
     "convert": ["| timm's `.safetensors` | 0.49 | 55.5 | 0.34 |", "Medians of 5 runs"],
 }
 

@@ -182,7 +182,7 @@ def test_an_int8_bundle_is_explained_to_its_own_precision(tmp_path, checkpoint, 
     assert answer["method"] == "activation"
     maps = [np.array(one["values"]) * one["scale"] for one in (answer, same)]
     assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] > 0.9
-    assert maps[0].sum() == pytest.approx(maps[1].sum(), abs=0.1 * np.abs(maps[1]).sum())
+    assert maps[0].sum() == pytest.approx(maps[1].sum(), abs=0.25 * np.abs(maps[1]).sum())
 
 
 def test_a_bundle_without_a_way_in_is_occluded(tmp_path, checkpoint, wide):

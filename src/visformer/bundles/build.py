@@ -145,7 +145,7 @@ def _write_model(model: Any, request: Request, folder: Path) -> tuple[str, str |
     # OpenVINO stores and computes halves by itself; in ONNX they are part of the graph.
     is_half_graph = request.format == "onnx" and request.precision == "fp16"
     dtype = torch.float16 if is_half_graph else torch.float32
-    split_first = request.precision == "bf16"
+    split_first = request.format != "openvino" or request.precision == "bf16"  # see plain.PlainAttention
     batch = graphs.batch_graph(model, dynamic_size=request.dynamic_image_size, dtype=dtype, split_first=split_first)
     preprocessing = graphs.preprocessing_graph(model.preprocessing) if with_image else None
     metadata = _metadata(model, request)

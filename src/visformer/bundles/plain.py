@@ -77,8 +77,9 @@ class PlainAttention(nn.Module):
     memory, as int8 convolutions have them, it is no more than a view of what each convolution gives; with one
     convolution for all three OpenVINO took a tenth of the whole network's time to move things about.
 
-    `split_first` splits the channels into heads before positions and channels change places. In bf16 OpenVINO 2026.4
-    gives wrong numbers for the other order where there are as many heads as positions.
+    `split_first` splits the channels into heads before positions and channels change places, which moves less where
+    maps lie channel by channel. In bf16 OpenVINO 2026.4 gives wrong numbers for the other order where there are as many
+    heads as positions.
     """
 
     def __init__(self, attention: Attention, split_first: bool):
