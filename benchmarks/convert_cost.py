@@ -24,6 +24,7 @@ import torch
 from visformer.checkpoint import Checkpoint
 from visformer.conversion import write_as
 from visformer.data.preprocessing import Preprocessing
+from visformer.machine import processor_name
 from visformer.models import create_model
 
 FORMATS = {"mindcv": ".ckpt", "authors": ".pth", "timm": ".safetensors"}
@@ -51,7 +52,12 @@ def main() -> int:
             f"{figures['added_sizes']:11.2f}"
         )
     if options.json:
-        document = {"python": platform.python_version(), "torch": torch.__version__, "cpu": cpu_name(), "rows": rows}
+        document = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cpu": processor_name(),
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(document | {"repeats": options.repeats}, indent=1) + "\n")
     return int(any(r["added_s"] > MAX_SECONDS or r["added_sizes"] > MAX_SIZES for r in rows))
 
@@ -87,11 +93,6 @@ def row(name: str, path: Path, runs: list[dict[str, tuple[float, float]]]) -> di
         "added_mb": round(megabytes, 1),
         "added_sizes": round(megabytes / size, 2),
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from visformer import kernels
+from visformer.distributed import wait
 from visformer.errors import RunError
 from visformer.fusion import roofline
 from visformer.fusion.fused import fuse
@@ -290,17 +291,12 @@ def take_turns(contenders: list[Contender], setting: Setting) -> list[Timed]:
 
 def _turn(contender: Contender, steps: int, device: torch.device) -> float:
     """Seconds of a step, the mean of `steps`."""
-    _wait(device)
+    wait(device)
     began = time.perf_counter()
     for _ in range(steps):
         contender.step()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - began) / steps
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def layer_times(fast: nn.Module, layers: list[roofline.Layer], peak: roofline.Peak) -> list[dict[str, Any]]:

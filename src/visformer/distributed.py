@@ -66,6 +66,12 @@ def versions() -> dict[str, str]:
     }
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given; the CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def autocast(device: torch.device, amp_level: str, amp_dtype: str) -> AbstractContextManager:
     """Half precision for O1 to O3; nothing for O0."""
     if amp_level == "O0":

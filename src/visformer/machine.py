@@ -1,8 +1,9 @@
-"""What this machine has for us: processor cores, and a folder for what is fetched. Loads nothing heavy."""
+"""What this machine has for us: processor cores, their name, and a folder for downloads. Loads nothing heavy."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 CACHE_VARIABLE = "VISFORMER_CACHE"
@@ -11,6 +12,16 @@ CACHE_VARIABLE = "VISFORMER_CACHE"
 def available_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, or what the system says of its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,8 @@ class Running:
         )
         self.log: list[dict] = []
         self.text: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
         url = self.event("listening")["url"]
         self.port = int(url.rpartition(":")[2])
 
@@ -41,7 +42,9 @@ class Running:
         """The `count`th of its kind, once it is there."""
         deadline = time.monotonic() + 180
         while len(self.events(kind)) < count:
-            assert self.process.poll() is None, self.text
+            if self.process.poll() is not None:
+                self.reader.join(30)
+                assert len(self.events(kind)) >= count, self.text
             assert time.monotonic() < deadline, self.text
             time.sleep(0.01)
         return self.events(kind)[count - 1]
@@ -63,8 +66,11 @@ class Running:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self) -> int:
+        """The exit code; all it wrote has been read."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        code = self.process.wait(30)
+        self.reader.join(30)
+        return code
 
 
 @contextmanager

@@ -11,7 +11,8 @@ the whole network is then one graph for each shape of input. Source of the foldi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from visformer.models import Visformer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARM_SHAPES = 8  # shapes of input that keep a CUDA graph
+_PASSES_BEFORE = 3  # a graph is recorded
 
 
 def fuse(
@@ -125,19 +127,28 @@ class CudaGraphs:
         return logits.clone()
 
     def _record(self, key: tuple, images: Tensor) -> None:
-        inputs = images.clone(memory_format=torch.channels_last)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # chooses and builds what has not been yet
-                self.steps(inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.steps(inputs)
-        self.recorded[key] = (graph, inputs, logits)
+        channels_last = images.contiguous(memory_format=torch.channels_last)
+        self.recorded[key] = record_graph(self.steps, channels_last, pool=self.pool)
         if len(self.recorded) > WARM_SHAPES:
             self.recorded.popitem(last=False)
+
+
+def record_graph(
+    network: Callable[[Tensor], Tensor], images: Tensor, **capture: Any
+) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    """A CUDA graph of the network for such images; the tensor that it reads them from, and the one it writes the logits
+    to. `capture` is for `torch.cuda.graph`. The passes before it choose and build what has not been yet."""
+    inputs = images.clone(memory_format=torch.preserve_format)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(_PASSES_BEFORE):
+            network(inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, **capture):
+        logits = network(inputs)
+    return graph, inputs, logits
 
 
 def _normalisation(model: Visformer) -> tuple[Sequence[float], Sequence[float]]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from visformer.distributed import wait
 from visformer.fusion.fused import fuse
 from visformer.fusion.network import AttentionOverMap
 from visformer.fusion.operation import Cost, Operation, described
@@ -113,8 +114,7 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
         work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        wait(device)
         return time.perf_counter() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()  # type: ignore[call-arg]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visformer import console, kernels
 from visformer.fusion.convolutions import merge_groups
-from visformer.fusion.operation import described, text
+from visformer.fusion.operation import compiled, described, map_gelu, text
 from visformer.fusion.tuner import Tuner
 from visformer.kernels.launch import runs_triton
 from visformer.models import Visformer
@@ -46,7 +46,7 @@ class MapGelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same"""
-        return activate_map(x, self.approximate)
+        return map_gelu(x, self.approximate)
 
 
 class GroupedConvolution(nn.Module):
@@ -174,7 +174,7 @@ def _build(name: str, groups: int, gelu: str) -> Way:
     given = tuple(int(number) for number in numbers.split(",") if number)
 
     def library(x: Tensor, weight: Tensor) -> Tensor:
-        return activate_map(F.conv2d(x, weight, padding=1, groups=groups), gelu)
+        return map_gelu(F.conv2d(x, weight, padding=1, groups=groups), gelu)
 
     def contiguous(x: Tensor, weight: Tensor) -> Tensor:
         x = F.conv2d(x.contiguous(), weight.contiguous(), padding=1, groups=groups)
@@ -182,17 +182,12 @@ def _build(name: str, groups: int, gelu: str) -> Way:
 
     def merged(x: Tensor, weight: Tensor) -> Tensor:
         weight = merge_groups(weight, groups, given[0])
-        return activate_map(F.conv2d(x, weight, padding=1, groups=groups // given[0]), gelu)
+        return map_gelu(F.conv2d(x, weight, padding=1, groups=groups // given[0]), gelu)
 
     def kernel(x: Tensor, weight: Tensor) -> Tensor:
         activation = "gelu_tanh" if gelu == "tanh" else "gelu"
         return kernels.grouped_conv.grouped_conv(x, weight, None, groups, activation, given)
 
     if kind == "compiled":
-        return torch.compile(library, dynamic=False)
+        return compiled(library)()
     return {LIBRARY: library, "contiguous": contiguous, "merged": merged, "kernel": kernel}[kind]
-
-
-def activate_map(x: Tensor, gelu: str) -> Tensor:
-    """GELU of a channels_last map (B, C, H, W), seen as (B, H, W, C); `gelu` none is the form by the error function."""
-    return F.gelu(x.permute(0, 2, 3, 1), approximate=gelu).permute(0, 3, 1, 2)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import statistics
 import time
@@ -24,8 +23,9 @@ from torch import Tensor
 
 from visformer import console, fusion, kernels
 from visformer.atomic import atomic_text
+from visformer.distributed import wait
 from visformer.errors import RunError
-from visformer.machine import available_cores, cache_folder
+from visformer.machine import available_cores, cache_folder, processor_name
 
 Run = Callable[..., Any]  # gives a tensor, or in training several
 CHOICES = ("fastest", "library", "kernels")
@@ -148,21 +148,15 @@ def _turn(run: Run, inputs: tuple[Any, ...], device: torch.device, graphs: bool)
         return _cuda_turn(run, inputs)
 
     def seconds(calls: int) -> float:
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         for _ in range(calls):
             run(*inputs)
-        _wait(device)
+        wait(device)
         return (time.perf_counter() - began) / calls
 
     calls = max(1, min(50, round(_TURN_S / max(seconds(1), 1e-7))))
     return lambda: seconds(calls)
-
-
-def _wait(device: torch.device) -> None:
-    """Until the device has done all it was given; the CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _cuda_turn(run: Run, inputs: tuple[Any, ...]) -> Callable[[], float]:
@@ -194,20 +188,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{_processor()}, {torch.get_num_threads()} of {available_cores()} threads"
+        vectors = torch.backends.cpu.get_cpu_capability()
+        return f"{processor_name()} {vectors}, {torch.get_num_threads()} of {available_cores()} threads"
     return device.type
-
-
-def _processor() -> str:
-    """The processor's name and what vectors it computes with."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
-        name = next((value for key, value in lines.items() if key.strip() == "model name"), name).strip()
-    except (OSError, ValueError):
-        pass
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _slug(device: str, dtype: torch.dtype) -> str:

@@ -14,7 +14,6 @@ label-smoothed cross entropy, backward and AdamW; an inference step is a forward
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -292,12 +291,9 @@ def _processor() -> str:
     """The CPU's name and the widest instructions that torch uses on it."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    from visformer.machine import processor_name
+
+    return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _measure(

@@ -29,13 +29,12 @@ from visformer.checkpoint import Checkpoint, write_checkpoint
 from visformer.data.preprocessing import Preprocessing
 from visformer.errors import RunError, UsageError
 from visformer.fusion import roofline
-from visformer.fusion.fused import fuse
+from visformer.fusion.fused import fuse, record_graph
 from visformer.models import Visformer
 from visformer.pretrained import load
 from visformer.verbs.bench_timing import Contender
 
 ENGINES = {"onnxruntime": ("onnx", ("fp32", "int8")), "openvino": ("openvino", ("fp32", "bf16", "int8"))}
-PEERS = ("timm", *ENGINES)
 CALIBRATION = 32  # images
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED = 8  # images of a batch whose logits are compared
@@ -129,16 +128,7 @@ def _inferring(model: Any, images: Tensor) -> Callable[[], Tensor]:
 @torch.no_grad()
 def recorded(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     """A pass of `model` as one CUDA graph, the images' copying in and the logits' copying out included."""
-    inputs = images.clone(memory_format=torch.preserve_format)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            model(inputs)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = model(inputs)
+    graph, inputs, logits = record_graph(model, images)
 
     def step() -> Tensor:
         inputs.copy_(images)

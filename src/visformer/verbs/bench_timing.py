@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visformer import console
+from visformer.distributed import wait
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def take_turns(
         task = bar.add_task(title, total=warmup + repeats, status="rounds")
         for turn in range(warmup + repeats):
             for i in (*range(turn % count, count), *range(turn % count)):
-                _wait(device)
+                wait(device)
                 began = time.perf_counter()
                 results[i] = contenders[i].step()
-                _wait(device)
+                wait(device)
                 if turn >= warmup:
                     seconds[i].append(time.perf_counter() - began)
             bar.advance(task)
@@ -97,9 +98,3 @@ def cells(record: dict[str, Any], decimals: int = 0) -> list[str]:
 def _quartiles(values: list[float]) -> list[float]:
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return [first, third]
-
-
-def _wait(device: torch.device) -> None:
-    """Until the device has done all it was given; the CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -18,7 +18,7 @@ import yaml
 
 from visformer import console
 from visformer.config import TrainConfig
-from visformer.distributed import autocast
+from visformer.distributed import autocast, wait
 from visformer.fusion.training import accelerate
 from visformer.models import Visformer
 from visformer.processes import on_first
@@ -59,12 +59,12 @@ def seconds_of_a_step(config: TrainConfig, model: Visformer, device: torch.devic
     images = images.to(device, memory_format=torch.channels_last)
 
     def step(level: str) -> float:
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         with autocast(device, level, config.amp_dtype):
             logits = scratch(images)
         logits.float().logsumexp(1).mean().backward()
-        _wait(device)
+        wait(device)
         return time.perf_counter() - began
 
     taken: dict[str, list[float]] = {"O0": [], HALF_LEVEL: []}
@@ -73,9 +73,3 @@ def seconds_of_a_step(config: TrainConfig, model: Visformer, device: torch.devic
             for level, seconds in taken.items():
                 seconds.append(step(level))
     return {level: statistics.median(seconds[1:]) for level, seconds in taken.items()}  # the first warms up
-
-
-def _wait(device: torch.device) -> None:
-    """Until the device has done all it was given; the CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
