@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -34,18 +32,13 @@ def photos(tmp_path_factory):
     return folder
 
 
-def in_a_process(*words: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own: in one where other tests had loaded every engine, measuring the loaders has
-    ended the whole process."""
-    return subprocess.run([sys.executable, "-m", "visformer", *words], capture_output=True, text=True)
-
-
-def test_json_is_one_document_with_both_stages_and_the_models_rate(tmp_path):
+def test_json_is_one_document_with_both_stages_and_the_models_rate(capsys, tmp_path):
     output = tmp_path / "data.json"
-    done = in_a_process(*TINY, "--models", "visformer_tiny", "--json", "--output", str(output))
-    document = json.loads(done.stdout)
+    assert main([*TINY, "--models", "visformer_tiny", "--json", "--output", str(output)]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
     assert json.loads(output.read_text()) == document
-    assert "9 JPEGs, 8" in done.stderr and "1 workers" in done.stderr
+    assert "9 JPEGs, 8" in captured.err and "1 workers" in captured.err
     assert (document["what"], document["against"], document["workers"]) == ("data", ["timm"], 1)
     assert (document["image_size"], document["auto_augment"], document["data_dir"]) == (32, "autoaug", "")
     assert document["versions"]["simplejpeg"] == simplejpeg.__version__ and "timm" in document["versions"]
@@ -69,12 +62,12 @@ def test_json_is_one_document_with_both_stages_and_the_models_rate(tmp_path):
         assert model[limit] == ("loader" if slower else "model")
 
 
-def test_the_tables_say_what_was_measured(photos):
-    done = in_a_process(*TINY, "--data_dir", str(photos), "--auto_augment", "randaug-m9-mstd0.5-inc1")
-    assert done.returncode == 0, done.stderr
-    assert "loaded: pixels from the workers; batch 4" in done.stdout and "1 workers, 32x32" in done.stdout
-    assert "ready: normalised, erased and mixed on the device" in done.stdout and "timm, unmixed" in done.stdout
-    assert "randaug-m9-mstd0.5-inc1" in done.stdout
+def test_the_tables_say_what_was_measured(capsys, photos):
+    assert main([*TINY, "--data_dir", str(photos), "--auto_augment", "randaug-m9-mstd0.5-inc1"]) == 0
+    captured = capsys.readouterr()
+    assert "loaded: pixels from the workers; batch 4" in captured.out and "1 workers, 32x32" in captured.out
+    assert "ready: normalised, erased and mixed on the device" in captured.out and "timm, unmixed" in captured.out
+    assert "randaug-m9-mstd0.5-inc1" in captured.out
 
 
 def test_the_jpegs_are_like_photographs(photos, tmp_path):
@@ -201,9 +194,8 @@ def test_wrong_options_are_one_line_and_code_2(words, message, capsys):
     assert f"visformer: error: {message}" in captured.err
 
 
-def test_an_image_that_cant_be_read_ends_the_benchmark(tmp_path):
+def test_an_image_that_cant_be_read_ends_the_benchmark(capsys, tmp_path):
     write_jpegs(tmp_path, 8)
     (tmp_path / "class3" / "00003.jpg").write_bytes(b"text")
-    done = in_a_process(*TINY, "--data_dir", str(tmp_path))
-    assert done.returncode == 1
-    assert "00003.jpg" in done.stderr
+    assert main([*TINY, "--data_dir", str(tmp_path)]) == 1
+    assert "00003.jpg" in capsys.readouterr().err

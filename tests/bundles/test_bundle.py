@@ -39,6 +39,22 @@ def test_a_bundle_gives_the_logits_of_its_source(bundles, model, format, input):
     assert bundle.document["largest_logit_difference"] < 5e-3 * bundle.document["parity"]["largest_logit"]
 
 
+def test_engines_that_have_gone_leave_signals_alone(bundles):
+    program = """
+        import os, signal, sys
+        from visformer.bundles import Bundle
+
+        signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+        first, second = (Bundle.open(path).engine(threads=1) for path in sys.argv[1:])
+        del first
+        del second
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    paths = [str(bundles("openvino", "fp32", input).path) for input in ("image", "tensor")]
+    command = [sys.executable, "-c", textwrap.dedent(program), *paths]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "heard\n"
+
+
 def test_a_checkpoint_has_the_same_interface(model):
     engine = CheckpointEngine(model, device="cpu", threads=1)
     image = generated((75, 50), 3, seed=9)

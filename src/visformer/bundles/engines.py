@@ -153,13 +153,12 @@ class _OpenVinoModels(_Files):
         return [-1, preprocessing.in_channels, *preprocessing.image_size]
 
     def _compiled(self, change: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
-        ov = importlib.import_module("openvino")
         settings: dict[str, Any] = dict(self.bundle.document["engine_options"])
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         if self.cache_dir is not None:
             settings["CACHE_DIR"] = str(self.cache_dir)
-        core = ov.Core()
+        core = openvino_core()
         compiled = core.compile_model(change(core.read_model(self.model_file)), "CPU", settings)
         requests = threading.local()  # a request serves one thread at a time
 
@@ -169,6 +168,16 @@ class _OpenVinoModels(_Files):
             return np.array(requests.own.infer({0: array})[0])
 
         return run
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """What compiles OpenVINO's models: one for the process, kept to its end.
+
+    Each `Core` gives the thread that first compiles with it a stack for signals, and takes it back when it goes, which
+    goes wrong when several go in another order than they came: then the next Ctrl-C ends the process with SIGSEGV.
+    """
+    return importlib.import_module("openvino").Core()
 
 
 def _from_images(model: Any, shape: list[int]) -> Any:

@@ -126,11 +126,11 @@ def _onnx(bundle: Bundle, threads: int | None) -> tuple[Look, np.ndarray]:
 
 
 def _openvino(bundle: Bundle, threads: int | None) -> tuple[Look, np.ndarray]:
-    from visformer.bundles.engines import _from_images
+    from visformer.bundles.engines import _from_images, openvino_core
 
     ov: Any = importlib.import_module("openvino")
 
-    core = ov.Core()
+    core = openvino_core()
     model = core.read_model(str(bundle.path / bundle.document["model_file"]))
     if bundle.input == "image":
         shape = [-1, bundle.preprocessing.in_channels, *bundle.preprocessing.image_size]
