@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from visformer.config import TrainConfig
 from visformer.data import ArraySource, open_data, open_evaluation
+from visformer.data.arrays import digits
 from visformer.errors import UsageError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
@@ -141,6 +143,15 @@ def test_cifar_that_is_not_there(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(UsageError, match="neither cifar-100-python/train nor"):
         open_evaluation("cifar100", str(tmp_path), "train")
+
+
+def test_digits_are_scikit_learns():
+    wanted = load_digits()
+    parts = [digits(training, 1) for training in (True, False)]
+    assert sorted(np.concatenate([part.indices for part in parts])) == list(range(1797))
+    source = parts[0].source
+    np.testing.assert_array_equal(source.images, (wanted.images * (255 / 16)).round())
+    np.testing.assert_array_equal(source.labels, wanted.target)
 
 
 def test_digits_are_split_the_same_way_for_every_seed():

@@ -1,6 +1,7 @@
 """Windows and relative position bias, against a reference that looks at every pair of positions by itself."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def test_windowed_models_train_with_padding_and_shift():
 
 def test_windowed_model_compiles_and_exports():
     config = architecture("swin_visformer_tiny_v2", num_classes=3, image_size=(288, 256))
-    model = Visformer(config).eval()
+    shallow = (replace(stage, depth=min(stage.depth, 2)) for stage in config.stages)  # still with a shifted window
+    model = Visformer(replace(config, stages=tuple(shallow))).eval()
     images = torch.randn(2, 3, 288, 256)
     with torch.no_grad():
         expected = model(images)

@@ -8,12 +8,12 @@ nothing else.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import pickle
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -95,13 +95,12 @@ def named_arrays(dataset: str, data_dir: str, training: bool, channels: int, dow
 
 def digits(training: bool, channels: int) -> Subset:
     """scikit-learn's 1,797 digits, 8 x 8, levels 0 to 16 scaled to 0 to 255; a fixed fifth is the test set."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UsageError("dataset: digits needs scikit-learn; pip install scikit-learn") from None
-    data: Any = load_digits()
-    images = (np.asarray(data["images"]) * (255 / 16)).round().astype(np.uint8)
-    source = ArraySource(images, data["target"], DIGIT_NAMES, "digits", channels)
+    package = importlib.util.find_spec("sklearn")  # where it lies; to import it takes a second, in each process
+    if package is None or package.origin is None:
+        raise UsageError("dataset: digits needs scikit-learn; pip install scikit-learn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=int)
+    images = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    source = ArraySource(images, table[:, -1], DIGIT_NAMES, "digits", channels)
     return stratified(source, DIGITS_HELD_OUT, seed=0)[0 if training else 1]
 
 
