@@ -147,10 +147,11 @@ def test_a_single_image_gives_a_list_of_one(serve, predict, one):
 
 @both
 def test_a_busy_server_is_asked_again_when_it_says(serve, predict, waits):
-    url, script = serve(BUSY, BUSY, (502, {}, b"<html>proxy</html>"), predicted())
+    url, script = serve(BUSY, BUSY, (502, {}, b"<html>proxy</html>"), (500, {}, b"Internal Server Error"), predicted())
     [record] = predict(url, b"x")
-    assert record["predictions"] and len(script.seen) == 4
-    assert len(waits) == 3 and all(wait >= 3 for wait in waits[:2]) and 0.8 <= waits[2] <= 1.3
+    assert record["predictions"] and len(script.seen) == 5
+    assert len(waits) == 4 and all(wait >= 3 for wait in waits[:2])
+    assert 0.8 <= waits[2] <= 1.3 and 1.6 <= waits[3] <= 2.5
 
 
 @both

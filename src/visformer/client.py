@@ -106,7 +106,7 @@ class Client:
             except _httpx2().TransportError as error:
                 time.sleep(attempts.wait_after(error))
             else:
-                if response.status_code not in _AGAIN:
+                if not _try_again(response):
                     return response
                 time.sleep(attempts.wait_until(response))
 
@@ -167,7 +167,7 @@ class AsyncClient:
             except _httpx2().TransportError as error:
                 await asyncio.sleep(attempts.wait_after(error))
             else:
-                if response.status_code not in _AGAIN:
+                if not _try_again(response):
                     return response
                 await asyncio.sleep(attempts.wait_until(response))
 
@@ -229,7 +229,8 @@ class _Attempts:
         """Seconds to wait after the server was too busy, at least those that it asks for."""
         asked = response.headers.get("retry-after", "")
         seconds = min(float(asked), LONGEST_WAIT_S) if asked.isdecimal() else 0.0
-        return self._next(seconds, f"is too busy ({response.status_code}): {_reason(response)}", None)
+        what = "is too busy" if response.status_code in _AGAIN else "is not reached by what stands before it"
+        return self._next(seconds, f"{what} ({response.status_code}): {_reason(response)}", None)
 
     def _next(self, least_s: float, what: str, error: Exception | None) -> float:
         if not self.left:
@@ -237,6 +238,12 @@ class _Attempts:
         self.left -= 1
         wait_s, self.wait_s = self.wait_s, min(2 * self.wait_s, LONGEST_WAIT_S)
         return max(least_s, wait_s) * random.uniform(1.0, 1.5)  # or all who were sent away come back together
+
+
+def _try_again(response: httpx2.Response) -> bool:
+    """True for what may go better in a moment: a server that was busy, and a 500 that is not in the server's words but
+    a proxy's, whose way to it broke."""
+    return response.status_code in _AGAIN or (response.status_code == 500 and "error" not in _json(response))
 
 
 def _named(images: Picture | Iterable[Picture]) -> Iterator[tuple[str, Picture]]:

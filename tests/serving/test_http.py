@@ -41,6 +41,37 @@ async def until(condition) -> None:
     raise AssertionError("it did not come about")
 
 
+@pytest.mark.parametrize(
+    ("plain", "described"),
+    [("", "?version="), ("?model=pets", "?version=&model=pets"), ("?top_k=2&model=pets", "?model=pets&top_k=2")],
+)
+def test_the_shortcut_answers_as_the_route_does(serving, plain, described):
+    async def main():
+        async with serving() as (client, service):
+            answers = [await client.post(f"/predict{query}", content=picture(51)) for query in (plain, described)]
+            refusals = [await client.post(f"/predict{query}", content=b"none") for query in (plain, described)]
+            return answers, refusals, service.metrics.text().decode()
+
+    (one, other), (no, neither), counted = asyncio.run(main())
+    assert one.status_code == 200 and one.json() == other.json() and set(one.headers) == set(other.headers)
+    assert no.status_code == 400 and no.json() == neither.json() and set(no.headers) == set(neither.headers)
+    labels = 'endpoint="/predict",model="pets",status="{}",version="1"'
+    assert all(f"visformer_requests_total{{{labels.format(status)}}} 2.0" in counted for status in (200, 400))
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [("top_k=0", "top_k"), ("top_k=x", "top_k"), ("model=pets&top_k=100001", "top_k"), ("timeout_s=-1", "timeout_s")],
+)
+def test_what_is_wrong_with_a_query_is_said(serving, query, named):
+    async def main():
+        async with serving() as (client, _):
+            return await client.post(f"/predict?{query}", content=picture())
+
+    answer = asyncio.run(main())
+    assert answer.status_code == 400 and named in answer.json()["error"]
+
+
 def test_predict_takes_a_body_or_a_form(serving):
     async def main():
         async with serving() as (client, _):

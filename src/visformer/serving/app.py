@@ -21,7 +21,7 @@ from visformer.serving.front import Front, internal, refusal_response
 from visformer.serving.inference import Inference
 from visformer.serving.metrics import CONTENT_TYPE, Metrics
 from visformer.serving.model import Loaded, load
-from visformer.serving.predict import predict_router
+from visformer.serving.predict import Predict, Shortcut, predict_router
 from visformer.serving.refusals import Refusal, too_large
 from visformer.serving.repository import Repository
 from visformer.serving.rest import protocol_router
@@ -117,7 +117,8 @@ def make_app(service: Service) -> ASGIApp:
         },
     )
     _add_errors(api, settings)
-    api.include_router(predict_router(service.repository, service.inference, service.door))
+    predict = Predict(service.repository, service.inference, service.door)
+    api.include_router(predict_router(predict))
     api.include_router(explain_router(service))
     api.include_router(protocol_router(service))
 
@@ -126,7 +127,7 @@ def make_app(service: Service) -> ASGIApp:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     page = _add_page(api, service)
-    app: ASGIApp = Front(api, service.door, service.metrics, service.tracing, open_paths=page)
+    app: ASGIApp = Front(Shortcut(api, predict), service.door, service.metrics, service.tracing, open_paths=page)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,

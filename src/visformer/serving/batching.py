@@ -4,19 +4,26 @@ Nothing ever waits for company. On an idle model the first image starts a batch 
 together into the next batch, so that batches grow with the load and the load alone. (A wait of 5 ms halved the rate of
 a lone client and gained nothing under load.) Whoever has given up, because of a deadline or a closed connection, has
 cancelled its future, and is left out when the next batch is made.
+
+A thread that has computed a batch takes the next one itself, and decoding threads put images in the queue themselves:
+under load neither waits for the event loop, which hears of a batch once, when it is done.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from visformer.serving.scores import probabilities
 
 
 @dataclass(frozen=True)
@@ -24,20 +31,30 @@ class Computed:
     """One image's logits, float32 (classes,), and how it got them; times in seconds."""
 
     logits: np.ndarray
+    probabilities: np.ndarray  # float32 (classes,)
+    finite: bool  # all of the logits are
+    decode_s: float  # 0 for what came decoded
     queue_s: float
     compute_s: float
     batch_size: int
 
 
+Answer = asyncio.Future[Computed]
+_Outcome = tuple[np.ndarray, np.ndarray, Any]  # logits, probabilities, (B, classes), and which are finite
+
+
 @dataclass(frozen=True)
-class _Waiting:
+class Waiting:
+    """An image, float32 (C, H, W), in the queue; `since` is when it came, on `time.perf_counter`'s clock."""
+
     row: np.ndarray
-    future: asyncio.Future[Computed]
+    answer: Answer
     since: float
+    decode_s: float = 0.0
 
 
 class Batcher:
-    """Gathers images for one model. All methods are called on the event loop; `run` is called in threads of its own.
+    """Gathers images for one model. `run` is called in threads of its own, which end at `close`.
 
     `run` takes float32 (B, C, H, W) and gives float32 (B, classes). At most `workers` batches are computed at a time.
     `on_batch(size, seconds)` is called on the event loop after each that went well.
@@ -53,7 +70,8 @@ class Batcher:
     ) -> None:
         self._run, self._max_batch, self._on_batch = run, max_batch, on_batch
         self._idle = workers
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
+        self._lock = threading.Lock()  # of the two above
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="model")
 
     @property
@@ -61,53 +79,69 @@ class Batcher:
         """Images that no batch has taken yet."""
         return len(self._waiting)
 
-    def submit(self, rows: Sequence[np.ndarray]) -> list[asyncio.Future[Computed]]:
-        """Queue images, each float32 (C, H, W). Cancel a future to withdraw its image."""
+    def submit(self, rows: Sequence[np.ndarray]) -> list[Answer]:
+        """Queue images, each float32 (C, H, W), from the event loop. Cancel a future to withdraw its image."""
         loop, now = asyncio.get_running_loop(), time.perf_counter()
-        added = [_Waiting(row, loop.create_future(), now) for row in rows]
-        self._waiting.extend(added)
-        self._start()
-        return [item.future for item in added]
+        added = [Waiting(row, loop.create_future(), now) for row in rows]
+        self.put(added)
+        return [one.answer for one in added]
+
+    def put(self, images: Sequence[Waiting]) -> None:
+        """Queue images, from any thread."""
+        with self._lock:
+            self._waiting.extend(images)
+            batch = self._take() if self._idle else []
+            self._idle -= bool(batch)
+        if batch:
+            self._pool.submit(self._work, batch)
 
     def close(self) -> None:
         """Let the threads end; nothing may be submitted afterwards."""
         self._pool.shutdown(wait=False)
 
-    def _start(self) -> None:
-        while self._idle and (batch := self._take()):
-            self._idle -= 1
-            work = asyncio.get_running_loop().run_in_executor(self._pool, self._compute, [item.row for item in batch])
-            work.add_done_callback(functools.partial(self._finish, batch))
-
-    def _take(self) -> list[_Waiting]:
-        """The next batch: the first in the queue, and those of its shape behind it."""
-        batch: list[_Waiting] = []
-        others: list[_Waiting] = []
+    def _take(self) -> list[Waiting]:
+        """The next batch: the first in the queue, and those of its shape behind it. The lock must be held."""
+        batch: list[Waiting] = []
+        others: list[Waiting] = []
         while self._waiting and len(batch) < self._max_batch:
-            item = self._waiting.popleft()
-            if item.future.done():
+            one = self._waiting.popleft()
+            if one.answer.done():
                 continue
-            fits = not batch or item.row.shape == batch[0].row.shape
-            (batch if fits else others).append(item)
+            fits = not batch or one.row.shape == batch[0].row.shape
+            (batch if fits else others).append(one)
         self._waiting.extendleft(reversed(others))
         return batch
 
-    def _compute(self, rows: list[np.ndarray]) -> tuple[np.ndarray, float, float]:
-        started = time.perf_counter()
-        logits = self._run(np.stack(rows))
-        return logits, started, time.perf_counter()
+    def _work(self, batch: list[Waiting]) -> None:
+        """A thread's: this batch, and then the next one, until none is waiting."""
+        while batch:
+            self._compute(batch)
+            with self._lock:
+                batch = self._take()
+                self._idle += not batch
 
-    def _finish(self, batch: list[_Waiting], work: asyncio.Future[tuple[np.ndarray, float, float]]) -> None:
-        self._idle += 1
-        error = work.exception()
-        if error is None:
-            logits, started, ended = work.result()
-            self._on_batch(len(batch), ended - started)
-            for item, row in zip(batch, logits, strict=True):
-                if not item.future.done():
-                    item.future.set_result(Computed(row, started - item.since, ended - started, len(batch)))
-        else:
-            for item in batch:
-                if not item.future.done():
-                    item.future.set_exception(error)
-        self._start()
+    def _compute(self, batch: list[Waiting]) -> None:
+        started = time.perf_counter()
+        outcome: _Outcome | Exception
+        try:
+            logits = self._run(np.stack([one.row for one in batch]))
+            with np.errstate(all="ignore"):  # what is not finite is refused
+                outcome = logits, probabilities(logits), np.isfinite(logits).all(axis=1)
+        except Exception as error:
+            outcome = error
+        loop = batch[0].answer.get_loop()
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(self._deliver, batch, outcome, started, time.perf_counter())
+
+    def _deliver(self, batch: list[Waiting], outcome: _Outcome | Exception, started: float, ended: float) -> None:
+        """Back on the event loop."""
+        if isinstance(outcome, Exception):
+            for one in batch:
+                if not one.answer.done():
+                    one.answer.set_exception(outcome)
+            return
+        self._on_batch(len(batch), ended - started)
+        for one, logits, chances, finite in zip(batch, *outcome, strict=True):
+            if not one.answer.done():
+                times = one.decode_s, max(0.0, started - one.since), ended - started
+                one.answer.set_result(Computed(logits, chances, bool(finite), *times, len(batch)))

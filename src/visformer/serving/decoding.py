@@ -1,5 +1,7 @@
 """Image bytes to model input, in threads, within limits; the event loop never decodes.
 
+A thread hands what it has decoded to the model's batcher itself: there is no way back to the event loop in between.
+
 Each image is decoded for itself, before it joins a batch, so a broken one is refused alone. Its size is read from the
 header first: a file of a few kB that would unfold to gigapixels costs nothing.
 """
@@ -9,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +22,7 @@ from PIL import Image
 
 from visformer.bundles.pixels import ImagePreprocessing
 from visformer.data.decode import ImageError, open_image, stored_size
+from visformer.serving.batching import Answer, Batcher, Waiting
 from visformer.serving.refusals import bad
 
 T = TypeVar("T")
@@ -30,21 +35,38 @@ class Decoder:
         self.max_pixels = max_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def decode(self, data: bytes, preprocessing: ImagePreprocessing) -> np.ndarray:
-        """The bytes of an image file -> float32 (C, H, W), the model's input. Raises `Refusal` 400."""
-        return await self.call(decoded, data, preprocessing, self.max_pixels)
+    def feed(self, data: bytes, preprocessing: ImagePreprocessing, batcher: Batcher) -> Answer:
+        """Decode an image file for a batcher. The future raises `Refusal` 400 for what can't be read; cancel it to
+        withdraw the image."""
+        answer: Answer = asyncio.get_running_loop().create_future()
+        self._pool.submit(self._feed, data, preprocessing, batcher, answer, time.perf_counter())
+        return answer
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run anything else that takes the processor's time."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, functools.partial(function, *arguments))
 
+    def _feed(
+        self, data: bytes, preprocessing: ImagePreprocessing, batcher: Batcher, answer: Answer, since: float
+    ) -> None:
+        if answer.done():
+            return
+        try:
+            row = decoded(data, preprocessing, self.max_pixels)
+        except Exception as error:
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                answer.get_loop().call_soon_threadsafe(_fail, answer, error)
+            return
+        now = time.perf_counter()
+        batcher.put([Waiting(row, answer, now, decode_s=now - since)])
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def decoded(data: bytes, preprocessing: ImagePreprocessing, max_pixels: int) -> np.ndarray:
-    """See `Decoder.decode`."""
+    """The bytes of an image file -> float32 (C, H, W), the model's input. Raises `Refusal` 400."""
     if not data:
         raise bad("the image is empty")
     try:
@@ -53,6 +75,11 @@ def decoded(data: bytes, preprocessing: ImagePreprocessing, max_pixels: int) -> 
         return preprocessing.normalize(preprocessing.pixels(image)[None])[0]
     except ImageError as error:
         raise bad(f"the image can't be read: {error.reason}") from None
+
+
+def _fail(answer: Answer, error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 def _check_size(data: bytes, max_pixels: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from visformer.serving.refusals import CLIENT_GONE, Refusal, bad, busy, late
+from visformer.serving.refusals import CLIENT_GONE, Refusal, bad, busy, late, too_large
 from visformer.serving.settings import Settings
 from visformer.serving.statistics import Statistics
 
@@ -113,6 +113,8 @@ class Door:
         async for piece in request.stream():
             call.bytes_held += len(piece)
             self.bytes_held += len(piece)
+            if call.bytes_held > self.settings.max_bytes:
+                raise too_large(f"the body is larger than {self.settings.max_bytes:,} bytes")
             if self.bytes_held > self.settings.max_bytes_in_flight:
                 raise busy()
             yield piece
@@ -152,13 +154,23 @@ async def disconnected(request: Request) -> None:
 
 async def _unless(gone: Gone, task: Coroutine[Any, Any, T]) -> T:
     """The task's result; `Refusal` 499 when `gone` returns first, and the task is cancelled."""
-    working, watching = asyncio.ensure_future(task), asyncio.ensure_future(gone())
+    this = asyncio.current_task()
+    assert this is not None
+    before, left = this.cancelling(), False
+
+    def leave(_: asyncio.Task[None]) -> None:
+        nonlocal left
+        left = True
+        this.cancel()
+
+    watching = asyncio.ensure_future(gone())
+    watching.add_done_callback(leave)
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise Refusal(CLIENT_GONE, "the client has gone")
+        return await task
+    except asyncio.CancelledError:
+        if left and this.uncancel() <= before:  # nothing else has cancelled it
+            raise Refusal(CLIENT_GONE, "the client has gone") from None
+        raise
     finally:
-        for one in (working, watching):
-            one.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        watching.remove_done_callback(leave)
+        watching.cancel()

@@ -71,12 +71,12 @@ class Front:
             raise Refusal(403, "pages of this origin may not use the server; see --cors_origins")
 
     def _record(self, scope: Scope, call: Call, answer: _Answer) -> None:
-        endpoint = getattr(scope.get("route"), "path", "other")
+        endpoint = getattr(scope.get("route"), "path", None) or scope.get("shortcut", "other")
         status = answer.status or CLIENT_GONE
         call.count(good=status < 300)
         self.metrics.request(call, endpoint, status)
         if self.settings.access_log:
-            log.event("request", **access_record(call, scope["method"], scope["path"], status), bytes=answer.bytes)
+            log.event_soon("request", **access_record(call, scope["method"], scope["path"], status), bytes=answer.bytes)
 
 
 class _Answer:

@@ -153,7 +153,7 @@ async def _answer(
         call.count(good=status == 200)
         service.metrics.request(call, f"grpc/{name}", status)
         if service.settings.access_log:
-            log.event("request", **access_record(call, "gRPC", name, status))
+            log.event_soon("request", **access_record(call, "gRPC", name, status))
 
 
 def _enter(service: Service, context: Any) -> Call:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from visformer.serving.door import Call
 from visformer.serving.model import ServedModel
+from visformer.serving.refusals import Refusal
 from visformer.serving.request import InferRequest, Output, outputs
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ async def answer(
     if asked.tensor is not None:
         results = list(await service.inference.tensor(call, model, asked.tensor))
     else:
-        results = await service.inference.images(call, model, asked.images or [])
+        computed = await service.inference.images(call, model, asked.images or [])
+        results = [one if isinstance(one, Refusal) else one.logits for one in computed]
 
     def finish() -> T:
         return write(outputs(model, results, asked.wanted, service.settings.top_k))

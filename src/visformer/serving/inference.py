@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from visformer.serving.decoding import Decoder
 from visformer.serving.door import Call
 from visformer.serving.model import ServedModel
 from visformer.serving.refusals import Refusal, bad
+from visformer.serving.scores import best
 from visformer.serving.settings import Settings
 
 _NOT_FINITE = "the model's output for it is not finite"
@@ -25,26 +25,26 @@ class Inference:
     def __init__(self, decoder: Decoder, settings: Settings) -> None:
         self.decoder, self.settings = decoder, settings
 
-    async def images(self, call: Call, model: ServedModel, images: Sequence[bytes]) -> list[np.ndarray | Refusal]:
-        """Image files -> for each its logits, float32 (classes,), or why there are none: a broken one fails alone.
+    async def images(self, call: Call, model: ServedModel, images: Sequence[bytes]) -> list[Computed | Refusal]:
+        """Image files -> for each what was computed, or why nothing was: a broken one fails alone.
 
         Raises `Refusal` when there are too many, or none.
         """
         self._count(call, model, len(images))
-        results = await asyncio.gather(*(self._image(model, data) for data in images), return_exceptions=True)
+        answers = [self.decoder.feed(data, model.preprocessing, model.batcher) for data in images]
+        results = await asyncio.gather(*answers, return_exceptions=True)
+        outcomes: list[Computed | Refusal] = []
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, Refusal):
                 raise result
-        computed = [result for result in results if not isinstance(result, BaseException)]
+            finite = isinstance(result, Refusal) or result.finite
+            outcomes.append(result if finite else bad(f"the image can't be labelled: {_NOT_FINITE}"))
+        computed = [one for one in outcomes if isinstance(one, Computed)]
         call.images = len(computed)
         if computed:
-            call.stages["decode"] = max(decode_s for _, decode_s in computed)
-            _note(call, [one for one, _ in computed])
-        return [
-            result if isinstance(result, Refusal) else result[0].logits
-            for result in results
-            if not isinstance(result, BaseException) or isinstance(result, Refusal)
-        ]
+            call.stages["decode"] = max(one.decode_s for one in computed)
+            _note(call, computed)
+        return outcomes
 
     async def tensor(self, call: Call, model: ServedModel, batch: np.ndarray) -> np.ndarray:
         """Preprocessed images, float32 (B, C, H, W) -> logits, float32 (B, classes). Raises `Refusal` 400."""
@@ -53,21 +53,10 @@ class Inference:
         if not np.isfinite(batch).all():
             raise bad("images: has values that are not finite")
         computed = await asyncio.gather(*model.batcher.submit(list(batch)))
-        logits = np.stack([one.logits for one in computed])
-        if not np.isfinite(logits).all():
+        if not all(one.finite for one in computed):
             raise bad(f"images: {_NOT_FINITE}")
         _note(call, computed)
-        return logits
-
-    async def _image(self, model: ServedModel, data: bytes) -> tuple[Computed, float]:
-        started = time.perf_counter()
-        row = await self.decoder.decode(data, model.preprocessing)
-        decode_s = time.perf_counter() - started
-        (waiting,) = model.batcher.submit([row])
-        computed = await waiting
-        if not np.isfinite(computed.logits).all():
-            raise bad(f"the image can't be labelled: {_NOT_FINITE}")
-        return computed, decode_s
+        return np.stack([one.logits for one in computed])
 
     def _count(self, call: Call, model: ServedModel, images: int) -> None:
         call.model, call.version, call.images = model.name, model.version, images
@@ -95,20 +84,9 @@ def _note(call: Call, computed: Sequence[Computed]) -> None:
     call.stages["compute"] = max(one.compute_s for one in computed)
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """float32 (..., classes) -> float32, softmax over the classes"""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def best(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """float32 (B, classes) -> int64 (B, top_k): the largest first, equal ones in their order"""
-    return np.argsort(-scores, axis=-1, kind="stable")[:, :top_k]
-
-
-def predictions(model: ServedModel, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-    """Logits, float32 (classes,) -> the records that `visformer predict` gives."""
-    chances = probabilities(logits)
+def predictions(model: ServedModel, computed: Computed, top_k: int) -> list[dict[str, Any]]:
+    """The records that `visformer predict` gives of an image."""
+    chances = computed.probabilities
     records = []
     for index in best(chances[None], top_k)[0].tolist():
         label = model.labels[index]

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from visformer.serving.inference import best, probabilities
 from visformer.serving.model import ServedModel
 from visformer.serving.refusals import Refusal, bad
+from visformer.serving.scores import best, probabilities
 
 INPUTS = ("image", "images")
 OUTPUTS = {
