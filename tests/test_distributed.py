@@ -191,7 +191,6 @@ def test_accumulation_over_processes_and_a_kill(tmp_path):
         "num_devices": 2,
         "gradient_accumulation_steps": 2,
         "ckpt_save_steps": 1,
-        "epoch_size": 3,
     }
     visformer(tmp_path / "whole", **options)
     process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """The form that is exported gives the model's logits, for every model; and the graphs are clean."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -12,7 +13,7 @@ from visformer.bundles.graphs import batch_graph, joined, preprocessing_graph
 from visformer.bundles.plain import plain
 from visformer.data.preprocessing import Preprocessing
 from visformer.errors import UsageError
-from visformer.models import create_model, list_models
+from visformer.models import Visformer, architecture, create_model, list_models
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -48,7 +49,10 @@ def test_windows_and_layer_norms_export(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_exports(name):
-    assert onnx_difference(settle(create_model(name, num_classes=20, image_size=32), 32), 32) < 1e-4
+    """At most two blocks in each stage, as more are more of the same; `benchmarks/export_parity.py` has them all."""
+    config = architecture(name, num_classes=20, image_size=(32, 32))
+    stages = tuple(replace(stage, depth=min(stage.depth, 2)) for stage in config.stages)
+    assert onnx_difference(settle(Visformer(replace(config, stages=stages)), 32), 32) < 1e-4
 
 
 def test_a_dynamic_size_resamples_positions_like_the_model():

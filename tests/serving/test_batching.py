@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visformer.serving.batching import Batcher
+from visformer.serving.batching import Batcher, Computed, Waiting
 
 
 def row(value: float, side: int = 2) -> np.ndarray:
@@ -111,6 +111,37 @@ def test_a_batch_that_fails_tells_its_own_and_the_next_goes_on():
         return (await good).logits.item()
 
     assert asyncio.run(main()) == 5
+
+
+def test_images_are_decoded_a_batch_ahead_and_no_further():
+    async def main():
+        model, decoded = Model(), []
+        batcher = Batcher(model, max_batch=2)
+        model.open.clear()
+        answers = []
+        for value in range(7):
+            answer = asyncio.get_running_loop().create_future()
+            answers.append(answer)
+
+            def decode(value=value, answer=answer):
+                decoded.append(value)
+                if value == 4:  # it can't be read
+                    answer.set_result(None)
+                    batcher.give_room(1)
+                else:
+                    batcher.put([Waiting(row(value), answer, 0.0, has_room=True)])
+
+            batcher.when_room(decode)
+        assert decoded == [0, 1, 2]  # the first is being computed
+        answers[1].cancel()
+        model.open.set()
+        done = await asyncio.gather(*answers, return_exceptions=True)
+        batcher.close()
+        return decoded, [one.logits.item() for one in done if isinstance(one, Computed)], batcher
+
+    decoded, values, batcher = asyncio.run(main())
+    assert sorted(decoded) == list(range(7)) and values == [0, 2, 3, 5, 6]
+    assert batcher._room == 2 and batcher.waiting == 0
 
 
 @settings(max_examples=30, deadline=None)

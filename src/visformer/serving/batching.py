@@ -6,7 +6,9 @@ a lone client and gained nothing under load.) Whoever has given up, because of a
 cancelled its future, and is left out when the next batch is made.
 
 A thread that has computed a batch takes the next one itself, and decoding threads put images in the queue themselves:
-under load neither waits for the event loop, which hears of a batch once, when it is done.
+under load neither waits for the event loop, which hears of a batch once, when it is done. Images are decoded no more
+than a batch ahead (`when_room`): those of a burst wait as the files they are, at an eighth of the memory, and what is
+taken is still in the processor's cache.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Waiting:
     row: np.ndarray
     answer: Answer
     since: float
+    waited_s: float = 0.0  # before it was decoded
     decode_s: float = 0.0
+    has_room: bool = False  # of `Batcher.when_room`
 
 
 class Batcher:
@@ -71,7 +75,9 @@ class Batcher:
         self._run, self._max_batch, self._on_batch = run, max_batch, on_batch
         self._idle = workers
         self._waiting: deque[Waiting] = deque()
-        self._lock = threading.Lock()  # of the two above
+        self._room = workers * max_batch  # for images that are being decoded, or have been
+        self._undecoded: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()  # of the four above
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="model")
 
     @property
@@ -90,35 +96,56 @@ class Batcher:
         """Queue images, from any thread."""
         with self._lock:
             self._waiting.extend(images)
-            batch = self._take() if self._idle else []
+            batch, room = self._take() if self._idle else ([], 0)
             self._idle -= bool(batch)
         if batch:
             self._pool.submit(self._work, batch)
+        self.give_room(room)
+
+    def when_room(self, decode: Callable[[], None]) -> None:
+        """Call `decode` at once, or when a batch has been taken; from any thread. Its image must come to `put` with
+        `has_room`, or if there is none, its room be given back."""
+        with self._lock:
+            self._undecoded.append(decode)
+        self.give_room(0)
+
+    def give_room(self, count: int) -> None:
+        """So many images have left; from any thread."""
+        with self._lock:
+            self._room += count
+            now = [self._undecoded.popleft() for _ in range(min(self._room, len(self._undecoded)))]
+            self._room -= len(now)
+        for decode in now:
+            decode()
 
     def close(self) -> None:
         """Let the threads end; nothing may be submitted afterwards."""
         self._pool.shutdown(wait=False)
 
-    def _take(self) -> list[Waiting]:
-        """The next batch: the first in the queue, and those of its shape behind it. The lock must be held."""
+    def _take(self) -> tuple[list[Waiting], int]:
+        """The next batch: the first in the queue, and those of its shape behind it; and how much room there is without
+        it. The lock must be held."""
         batch: list[Waiting] = []
         others: list[Waiting] = []
+        room = 0
         while self._waiting and len(batch) < self._max_batch:
             one = self._waiting.popleft()
             if one.answer.done():
+                room += one.has_room
                 continue
             fits = not batch or one.row.shape == batch[0].row.shape
             (batch if fits else others).append(one)
         self._waiting.extendleft(reversed(others))
-        return batch
+        return batch, room + sum(one.has_room for one in batch)
 
     def _work(self, batch: list[Waiting]) -> None:
         """A thread's: this batch, and then the next one, until none is waiting."""
         while batch:
             self._compute(batch)
             with self._lock:
-                batch = self._take()
+                batch, room = self._take()
                 self._idle += not batch
+            self.give_room(room)
 
     def _compute(self, batch: list[Waiting]) -> None:
         started = time.perf_counter()
@@ -143,5 +170,5 @@ class Batcher:
         self._on_batch(len(batch), ended - started)
         for one, logits, chances, finite in zip(batch, *outcome, strict=True):
             if not one.answer.done():
-                times = one.decode_s, max(0.0, started - one.since), ended - started
+                times = one.decode_s, one.waited_s + max(0.0, started - one.since), ended - started
                 one.answer.set_result(Computed(logits, chances, bool(finite), *times, len(batch)))

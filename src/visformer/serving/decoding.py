@@ -39,7 +39,12 @@ class Decoder:
         """Decode an image file for a batcher. The future raises `Refusal` 400 for what can't be read; cancel it to
         withdraw the image."""
         answer: Answer = asyncio.get_running_loop().create_future()
-        self._pool.submit(self._feed, data, preprocessing, batcher, answer, time.perf_counter())
+        fed = time.perf_counter()
+
+        def decode() -> None:
+            self._pool.submit(self._feed, data, preprocessing, batcher, answer, fed, time.perf_counter())
+
+        batcher.when_room(decode)
         return answer
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -48,18 +53,26 @@ class Decoder:
         return await loop.run_in_executor(self._pool, functools.partial(function, *arguments))
 
     def _feed(
-        self, data: bytes, preprocessing: ImagePreprocessing, batcher: Batcher, answer: Answer, since: float
+        self,
+        data: bytes,
+        preprocessing: ImagePreprocessing,
+        batcher: Batcher,
+        answer: Answer,
+        fed: float,
+        started: float,
     ) -> None:
         if answer.done():
+            batcher.give_room(1)
             return
         try:
             row = decoded(data, preprocessing, self.max_pixels)
-        except Exception as error:
+        except BaseException as error:
+            batcher.give_room(1)
             with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
                 answer.get_loop().call_soon_threadsafe(_fail, answer, error)
             return
         now = time.perf_counter()
-        batcher.put([Waiting(row, answer, now, decode_s=now - since)])
+        batcher.put([Waiting(row, answer, now, waited_s=started - fed, decode_s=now - started, has_room=True)])
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -77,7 +90,7 @@ def decoded(data: bytes, preprocessing: ImagePreprocessing, max_pixels: int) -> 
         raise bad(f"the image can't be read: {error.reason}") from None
 
 
-def _fail(answer: Answer, error: Exception) -> None:
+def _fail(answer: Answer, error: BaseException) -> None:
     if not answer.done():
         answer.set_exception(error)
 
