@@ -10,7 +10,6 @@ Memory is that of a process which does nothing else: the most it had in RAM unti
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from visformer.bundles.build import Request, build
 from visformer.bundles.bundle import Bundle
+from visformer.bundles.needs import INSTALL, missing
 from visformer.checkpoint import Checkpoint, write_checkpoint
 from visformer.data.preprocessing import Preprocessing
 from visformer.errors import RunError, UsageError
@@ -45,11 +45,9 @@ _TF32_LIMIT = 1e-2  # of fp32 where the library's convolutions round their input
 def check_engines(against: list[str]) -> None:
     """Raise `UsageError` unless the engines and what exports for them are there."""
     for engine in set(against) & set(ENGINES):
-        for package in (engine, "onnx", "onnxscript", *(("nncf",) if engine == "openvino" else ())):
-            if importlib.util.find_spec(package) is None:
-                raise UsageError(
-                    f"against: {engine} needs {package}, which is not there: pip install 'visformer[export]'"
-                )
+        package = missing(ENGINES[engine][0], "int8")
+        if package:
+            raise UsageError(f"against: {engine} needs {package}, which is not there: {INSTALL}")
 
 
 def entrants(name: str, pair: Any, images: Tensor, options: Any) -> tuple[list[Contender], dict[str, Any]]:

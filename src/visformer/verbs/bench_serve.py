@@ -18,7 +18,6 @@ on them.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor
 
 from visformer import console
+from visformer.bundles.needs import INSTALL, missing
 from visformer.errors import RunError, UsageError
 from visformer.machine import available_cores
 from visformer.verbs.bench_data_images import write_jpegs
@@ -228,12 +228,12 @@ def _last_line(log: Path) -> str:
 
 def _export(name: str, image_size: int, files: Path, bundle: Path) -> None:
     """An int8 bundle of preprocessed batches for OpenVINO, with random weights, always the same."""
-    for package in ("onnx", "onnxscript", "openvino", "nncf"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(
-                f"ckpt_path: to export a bundle takes {package}, which is not there: pip install 'visformer[export]', "
-                "or name a bundle or checkpoint"
-            )
+    package = missing("openvino", "int8")
+    if package:
+        raise UsageError(
+            f"ckpt_path: to export a bundle takes {package}, which is not there: {INSTALL}, or name a bundle or "
+            "checkpoint"
+        )
     from visformer.bundles.build import Request, build
     from visformer.bundles.samples import as_channels
     from visformer.checkpoint import Checkpoint, write_checkpoint

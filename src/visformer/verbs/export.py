@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visformer import console
+from visformer.bundles.needs import INSTALL, missing
 from visformer.config import option
 from visformer.errors import RunError, UsageError
 
@@ -164,24 +165,13 @@ def export(options: ExportOptions) -> Bundle:
 
 def _check(options: ExportOptions) -> None:
     """What can be told to be wrong before the checkpoint is read."""
-    import importlib.util
-
     if not options.output:
         raise UsageError("output: no folder given; name one with --output BUNDLE")
     if not options.ckpt_path:
         raise UsageError("ckpt_path: no checkpoint given; name one with --ckpt_path RUN/best.safetensors")
-    needed = {
-        "onnx": ["onnx", "onnxscript", "onnxruntime"],
-        "triton": ["onnx", "onnxscript", "onnxruntime"],
-        "openvino": ["onnx", "onnxscript", "openvino"],
-        "torch": [],
-    }
-    more = ["nncf"] if options.format == "openvino" and options.precision == "int8" else []
-    for package in needed[options.format] + more:
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(
-                f"format: {options.format} needs {package}, which is not there: pip install 'visformer[export]'"
-            )
+    package = missing(options.format, options.precision)
+    if package:
+        raise UsageError(f"format: {options.format} needs {package}, which is not there: {INSTALL}")
     if options.precision == "int8" and not (options.calib_dir and options.is_measured):
         raise UsageError(
             "precision: int8 needs real images: --calib_dir FOLDER to take ranges from, and labelled ones, --data_dir "

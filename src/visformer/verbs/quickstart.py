@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visformer import console
+from visformer.bundles.needs import missing
 from visformer.config import TrainConfig, option
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
 def export_bundle(checkpoint: str, folder: Path) -> Bundle | None:
     """A bundle of `checkpoint` for ONNX Runtime, compared and measured on the digits; None where what exports is not
     installed."""
-    if any(find_spec(package) is None for package in ("onnx", "onnxscript", "onnxruntime")):
+    if missing("onnx"):
         return None
     from visformer.verbs.export import ExportOptions, export
 
