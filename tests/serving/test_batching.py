@@ -132,7 +132,7 @@ def test_images_are_decoded_a_batch_ahead_and_no_further():
                     batcher.put([Waiting(row(value), answer, 0.0, has_room=True)])
 
             batcher.when_room(decode)
-        assert decoded == [0, 1, 2]  # the first is being computed
+        assert decoded == [0, 1, 2] and batcher.waiting == 6  # the first is being computed
         answers[1].cancel()
         model.open.set()
         done = await asyncio.gather(*answers, return_exceptions=True)

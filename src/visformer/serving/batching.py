@@ -82,8 +82,8 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Images that no batch has taken yet."""
-        return len(self._waiting)
+        """Images that no batch has taken yet, decoded or not."""
+        return len(self._waiting) + len(self._undecoded)
 
     def submit(self, rows: Sequence[np.ndarray]) -> list[Answer]:
         """Queue images, each float32 (C, H, W), from the event loop. Cancel a future to withdraw its image."""

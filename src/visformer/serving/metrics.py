@@ -48,7 +48,7 @@ class Metrics:
         )
         made["multiprocess_mode"] = "livesum"
         self._in_flight = Gauge("visformer_requests_in_flight", "Requests being worked on", **made)
-        self._waiting = Gauge("visformer_images_waiting", "Images decoded that no batch has taken yet", **made)
+        self._waiting = Gauge("visformer_images_waiting", "Images that no batch has taken yet", **made)
         self._ready = Gauge("visformer_ready", "1 when the server is ready", **made)
 
     def request(self, call: Call, endpoint: str, status: int) -> None:
