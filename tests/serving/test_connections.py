@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -117,3 +118,20 @@ def test_spans_go_where_the_environment_says(bundle, monkeypatch):
     spans = b"".join(body for _, body in received)
     for word in (b"POST /predict", b"traced-one", b"pets", b"stage.compute_s"):
         assert spans.count(word) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told so")
+def test_no_more_connections_are_made_and_those_made_are_accepted():
+    with server.listen("127.0.0.1", 0) as listening:
+        place = listening.getsockname()
+        with socket.create_connection(place, timeout=5) as made:
+            server.make_no_more(listening)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(place, timeout=0.3)
+            accepted, _ = listening.accept()
+            with accepted:
+                made.sendall(b"x")
+                accepted.settimeout(5)
+                assert accepted.recv(1) == b"x"
+            with pytest.raises(BlockingIOError):
+                listening.accept()

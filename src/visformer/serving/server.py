@@ -8,8 +8,11 @@ connections as long again and what is under way `shutdown_s`, and ends with exit
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import signal
 import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +31,14 @@ HEADERS_WITHIN_S = 10.0  # of a connection's opening, and of the first byte of a
 IDLE_S = 75  # between two requests on a connection; longer than proxies keep theirs
 TAKEN_WITHIN_S = 30.0  # of an answer that the client does not read
 _LONGEST_HEADERS = 64 * 2**10  # bytes
+_HANDSHAKE_S = 0.1  # for connections that are being made when the port is closed
+_SO_ATTACH_FILTER = 26  # of <asm-generic/socket.h>
+_NO_SYN = (  # a classic BPF program, of (code, jump if true, jump if false, value)
+    (0x30, 0, 0, 13),  # the flags of the TCP header
+    (0x45, 0, 1, 0x02),  # is SYN among them?
+    (0x06, 0, 0, 0),  # drop it
+    (0x06, 0, 0, 2**32 - 1),  # pass it
+)
 _MOST_PIPELINED = 8  # requests on one connection that wait for the answer to an earlier one
 
 
@@ -105,7 +116,9 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn's server with our signals, loading in the background, and a drain before the port is closed."""
 
-    def __init__(self, service: Service, sockets: list[socket.socket], load_first: bool = False) -> None:
+    def __init__(
+        self, service: Service, sockets: list[socket.socket], load_first: bool = False, own_port: bool = True
+    ) -> None:
         settings = service.settings
         super().__init__(
             uvicorn.Config(
@@ -124,6 +137,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service, self._listening, self._load_first = service, sockets, load_first
+        self._own_port = own_port
         self.failure: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._grpc: Any = None
@@ -177,8 +191,13 @@ class Server(uvicorn.Server):
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
         """Close the ports. Connections that the kernel has made, and we have not seen yet, are taken over first: they
-        would be reset otherwise."""
+        would be reset otherwise. Where the kernel can be told so, it makes no more meanwhile; not of a port that
+        replicas share."""
         loop, last = asyncio.get_running_loop(), [one.dup() for one in sockets]
+        if self._own_port:
+            for listening in last:
+                make_no_more(listening)
+            await asyncio.sleep(_HANDSHAKE_S)
         for server in self.servers:
             server.close()
         for listening in last:
@@ -230,6 +249,18 @@ class Server(uvicorn.Server):
         log.event("reloaded")
 
 
+def make_no_more(listening: socket.socket) -> None:
+    """Let the kernel pass over requests for a connection, on Linux; those being made are finished, and can be accepted.
+    Who asked asks again a second later, and learns then that the port is closed."""
+    if sys.platform != "linux":
+        return
+    program = b"".join(struct.pack("HBBI", *step) for step in _NO_SYN)
+    buffer = ctypes.create_string_buffer(program, len(program))
+    pointer = struct.pack("HP", len(_NO_SYN), ctypes.addressof(buffer))
+    with suppress(OSError):  # a kernel without it
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, pointer)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 is any that is free. Raises `UsageError` when the address can't be had."""
     try:
@@ -265,6 +296,6 @@ def serve_here(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.event("listening", url=f"{scheme}://{host}:{port}", models=service.repository.names())
     try:
-        Server(service, [made], load_first).run()
+        Server(service, [made], load_first, own_port=listening is None).run()
     except OSError as error:  # of a certificate that can't be read
         raise RunError(f"can't serve: {error.strerror or error}") from error
