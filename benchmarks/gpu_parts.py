@@ -238,23 +238,13 @@ def _peers(setting: Setting, name: str, pair: Any, images: Tensor) -> dict[str, 
     def contender(title: str, run: Callable[[], Callable[[], Tensor]]) -> dict[str, Callable[[], Contender]]:
         return {title: lambda: Contender(title, setting.precision, "channels_last", run())}
 
-    found = contender(f"{whose} eager", lambda: forward(model, ready))
+    found = contender(f"{whose} eager", lambda: bench_infer.inferring(model, ready))
     if setting.device.type == "cuda":
         found |= contender(f"{whose} in a CUDA graph", lambda: bench_infer.recorded(model, ready))
         mode = "default" if len(images) > 1 else "reduce-overhead"  # a small batch is a matter of launches
         compiled = torch.compile(model, mode=mode, dynamic=False)
-        found |= contender(f"{whose} compiled, {mode}", lambda: forward(compiled, ready))
+        found |= contender(f"{whose} compiled, {mode}", lambda: bench_infer.inferring(compiled, ready))
     return found
-
-
-def forward(model: Any, images: Tensor) -> Callable[[], Tensor]:
-    """A pass whose logits are a copy, as those of the fused model are: a graph's own are overwritten by its next."""
-
-    @torch.no_grad()
-    def step() -> Tensor:
-        return model(images).clone()
-
-    return step
 
 
 def max_autotune(setting: Setting, name: str, batch_size: int) -> dict[str, Any]:

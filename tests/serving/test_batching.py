@@ -71,6 +71,19 @@ def test_two_workers_compute_two_batches_at_a_time():
     asyncio.run(main())
 
 
+def test_a_large_request_goes_to_every_idle_worker():
+    async def main():
+        model = Model()
+        batcher = Batcher(model, max_batch=2, workers=2)
+        model.open.clear()
+        futures = batcher.submit([row(value) for value in range(5)])
+        assert batcher.waiting == 1
+        model.open.set()
+        return [one.logits.item() for one in await asyncio.gather(*futures)]
+
+    assert asyncio.run(main()) == [0, 1, 2, 3, 4]
+
+
 def test_what_was_withdrawn_is_not_computed():
     async def main():
         model = Model()

@@ -22,7 +22,7 @@ from visformer.serving.inference import Inference
 from visformer.serving.metrics import CONTENT_TYPE, Metrics
 from visformer.serving.model import Loaded, load
 from visformer.serving.predict import Predict, Shortcut, predict_router
-from visformer.serving.refusals import Refusal, too_large
+from visformer.serving.refusals import Refusal, body_too_large
 from visformer.serving.repository import Repository
 from visformer.serving.rest import protocol_router
 from visformer.serving.settings import Settings
@@ -165,7 +165,7 @@ def _add_errors(api: FastAPI, settings: Settings) -> None:
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: Any) -> Response:
         if error.status_code == 413:
-            return refusal_response(too_large(f"the body is larger than {settings.max_bytes:,} bytes"))
+            return refusal_response(body_too_large(settings.max_bytes))
         refusal = Refusal(error.status_code, str(error.detail))
         response = refusal_response(refusal)
         response.headers.update(error.headers or {})

@@ -7,7 +7,7 @@ cancelled its future, and is left out when the next batch is made.
 
 A thread that has computed a batch takes the next one itself, and decoding threads put images in the queue themselves:
 under load neither waits for the event loop, which hears of a batch once, when it is done. Images are decoded no more
-than a batch ahead (`when_room`): those of a burst wait as the files they are, at an eighth of the memory, and what is
+than a batch ahead (`when_room`): those of a burst wait as the files they are, in far less memory, and what is
 taken is still in the processor's cache.
 """
 
@@ -94,13 +94,16 @@ class Batcher:
 
     def put(self, images: Sequence[Waiting]) -> None:
         """Queue images, from any thread."""
+        left = 0
         with self._lock:
             self._waiting.extend(images)
-            batch, room = self._take() if self._idle else ([], 0)
-            self._idle -= bool(batch)
-        if batch:
-            self._pool.submit(self._work, batch)
-        self.give_room(room)
+            while self._idle and self._waiting:
+                batch, room = self._take()
+                left += room
+                if batch:
+                    self._idle -= 1
+                    self._pool.submit(self._work, batch)
+        self.give_room(left)
 
     def when_room(self, decode: Callable[[], None]) -> None:
         """Call `decode` at once, or when a batch has been taken; from any thread. Its image must come to `put` with

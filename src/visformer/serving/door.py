@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from visformer.serving.refusals import CLIENT_GONE, Refusal, bad, busy, late, too_large
+from visformer.serving.refusals import CLIENT_GONE, Refusal, bad, body_too_large, busy, late
 from visformer.serving.settings import Settings
 from visformer.serving.statistics import Statistics
 
@@ -114,7 +114,7 @@ class Door:
             call.bytes_held += len(piece)
             self.bytes_held += len(piece)
             if call.bytes_held > self.settings.max_bytes:
-                raise too_large(f"the body is larger than {self.settings.max_bytes:,} bytes")
+                raise body_too_large(self.settings.max_bytes)
             if self.bytes_held > self.settings.max_bytes_in_flight:
                 raise busy()
             yield piece

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from visformer.serving import log
 from visformer.serving.door import Call, Door
 from visformer.serving.metrics import Metrics
-from visformer.serving.refusals import CLIENT_GONE, Refusal, too_large
+from visformer.serving.refusals import CLIENT_GONE, Refusal, body_too_large
 from visformer.serving.tracing import Tracing
 
 PROBES = frozenset({"/v2/health/live", "/v2/health/ready"})  # they carry no key
@@ -63,7 +63,7 @@ class Front:
             check_key(self.settings.api_keys, headers.get("authorization", ""), headers.get("x-api-key", ""))
         declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self.settings.max_bytes):
-            raise too_large(f"the body is larger than {self.settings.max_bytes:,} bytes")
+            raise body_too_large(self.settings.max_bytes)
         origin = headers.get("origin")
         if origin is None or scope["method"] in ("GET", "HEAD") or "*" in self.settings.cors_origins:
             return
@@ -71,7 +71,7 @@ class Front:
             raise Refusal(403, "pages of this origin may not use the server; see --cors_origins")
 
     def _record(self, scope: Scope, call: Call, answer: _Answer) -> None:
-        endpoint = getattr(scope.get("route"), "path", None) or scope.get("shortcut", "other")
+        endpoint = getattr(scope.get("route"), "path", "other")
         status = answer.status or CLIENT_GONE
         call.count(good=status < 300)
         self.metrics.request(call, endpoint, status)

@@ -40,6 +40,11 @@ def too_large(message: str) -> Refusal:
     return Refusal(413, message)
 
 
+def body_too_large(max_bytes: int) -> Refusal:
+    """A body beyond the limit."""
+    return too_large(f"the body is larger than {max_bytes:,} bytes")
+
+
 def busy(message: str = "the server is busy; try again later") -> Refusal:
     """Rightly asked, but not now."""
     return Refusal(503, message, retry_after_s=1)

@@ -16,7 +16,7 @@ def best(scores: np.ndarray, top_k: int) -> np.ndarray:
     classes = scores.shape[-1]
     if not 0 < top_k < classes // 2:
         return np.argsort(-scores, axis=-1, kind="stable")[:, :top_k]
-    rows = []  # for a few of many, only what is no less than the last of them is sorted: a tenth of the time
+    rows = []  # for a few of many, only what is no less than the last of them is sorted
     least = np.partition(scores, classes - top_k, axis=-1)[:, classes - top_k]
     for row, bound in zip(scores, least, strict=True):
         candidates = np.flatnonzero(row >= bound)

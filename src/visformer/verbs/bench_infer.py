@@ -101,7 +101,7 @@ def peers(theirs: nn.Module, images: Tensor, modes: tuple[str, ...] = ("default"
     eager in a CUDA graph. On a CPU in fp32, compiled by the default mode."""
     if images.device.type != "cuda":
         model = torch.compile(copy.deepcopy(theirs).to(images.device).eval())
-        return [Contender("timm compiled", "fp32", "contiguous", _inferring(model, images.contiguous()))]
+        return [Contender("timm compiled", "fp32", "contiguous", inferring(model, images.contiguous()))]
     ready = images.to(torch.bfloat16, memory_format=torch.channels_last)
     plain: Any = copy.deepcopy(theirs).eval().to(images.device, torch.bfloat16)
     plain = plain.to(memory_format=torch.channels_last)
@@ -109,11 +109,11 @@ def peers(theirs: nn.Module, images: Tensor, modes: tuple[str, ...] = ("default"
     for mode in modes:
         model = torch.compile(plain, mode=mode, dynamic=False)
         name = "timm compiled" + ("" if mode == "default" else f", {mode}")
-        found.append(Contender(name, "bf16", "channels_last", _inferring(model, ready)))
+        found.append(Contender(name, "bf16", "channels_last", inferring(model, ready)))
     return found
 
 
-def _inferring(model: Any, images: Tensor) -> Callable[[], Tensor]:
+def inferring(model: Any, images: Tensor) -> Callable[[], Tensor]:
     """A pass whose logits are a copy, since a graph's own are overwritten by its next pass."""
 
     @torch.no_grad()
