@@ -360,6 +360,12 @@ def test_the_record_reads_back_to_the_same_options(tmp_path_factory, config):
     assert train("-c", file) == config
 
 
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\n", "\r", "\t", "\ufeff", "\x7f", "\0"])
+def test_breaks_and_marks_in_a_name_come_back(tmp_path, mark):
+    config = TrainConfig(data_dir=mark, model=f"a{mark}b", mean=(1.0,), auto_augment=f" {mark}{mark} ")
+    assert train("-c", write(tmp_path, to_yaml(config), "config.yaml")) == config
+
+
 def test_the_record_has_every_option_in_sections():
     text = to_yaml(TrainConfig())
     assert text.startswith("# system\nmode: 0\n")

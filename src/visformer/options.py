@@ -70,9 +70,11 @@ def to_yaml(options: Any, names: Collection[str] | None = None) -> str:
 
 
 def _yaml_line(name: str, value: Any) -> str:
+    # PyYAML writes the line breaks of Unicode as they are and folds them to a space when it reads; escapes come back.
+    readable = not any(mark in str(value) for mark in "\x85\u2028\u2029")
     if isinstance(value, (list, tuple)):
-        return f"{name}: {yaml.safe_dump(list(value), default_flow_style=True, allow_unicode=True, width=10**6)}"
-    return yaml.safe_dump({name: value}, default_flow_style=False, allow_unicode=True, width=10**6)
+        return f"{name}: {yaml.safe_dump(list(value), default_flow_style=True, allow_unicode=readable, width=10**6)}"
+    return yaml.safe_dump({name: value}, default_flow_style=False, allow_unicode=readable, width=10**6)
 
 
 def recipes() -> dict[str, Path]:
