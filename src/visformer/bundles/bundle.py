@@ -18,7 +18,7 @@ from visformer.bundles.pixels import ImagePreprocessing
 from visformer.errors import UsageError
 
 if TYPE_CHECKING:
-    from visformer.bundles.engines import Engine
+    from visformer.bundles.engines import BundleEngine
 
 DOCUMENT = "bundle.json"
 FORMAT = "visformer-bundle"
@@ -81,7 +81,7 @@ class Bundle:
         except UsageError as error:
             raise UsageError(f"{path}: not a bundle that can be used: {error}") from None
 
-    def engine(self, *, threads: int | None = None, cache_dir: str | Path | None = None) -> Engine:
+    def engine(self, *, threads: int | None = None, cache_dir: str | Path | None = None) -> BundleEngine:
         """Load the model, ready to run.
 
         `threads` is the number that one call may use (None: the engine's own choice, all cores). `cache_dir` keeps what

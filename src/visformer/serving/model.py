@@ -37,16 +37,19 @@ class Loaded:
     precision: str
     any_size: bool  # takes every height and width that are multiples of 32
     open_inside: Callable[[], Inside | None] = lambda: None  # for heat maps; may take as long as loading
+    warm: Callable[[], None] = lambda: None  # prepares for full batches; may take seconds, while others call `run`
 
 
 def load(source: Source, settings: Settings) -> Loaded:
-    """Read a source and compute one image with it, so that the first request finds it warm.
+    """Read a source and compute one image with it, so that the first request finds it warm; what full batches need is
+    prepared in a thread that goes on.
 
     Raises `UsageError` or `RunError`; takes from tens of milliseconds to many seconds.
     """
     loaded = _load_bundle(source, settings) if source.bundle else _load_checkpoint(source, settings)
     shape = (1, loaded.preprocessing.in_channels, *loaded.preprocessing.image_size)
     loaded.run(np.zeros(shape, dtype=np.float32))
+    threading.Thread(target=loaded.warm, name="visformer-warm").start()  # the process ends after it: no daemon
     return loaded
 
 
@@ -54,8 +57,9 @@ def _load_bundle(source: Source, settings: Settings) -> Loaded:
     from visformer.bundles.bundle import Bundle
 
     bundle = Bundle.open(source.path)
+    engine = bundle.engine(threads=settings.model_threads, cache_dir=settings.cache_dir)
     return Loaded(
-        run=bundle.engine(threads=settings.model_threads, cache_dir=settings.cache_dir).run,
+        run=engine.run,
         model_name=bundle.model_name,
         labels=bundle.labels,
         preprocessing=bundle.preprocessing,
@@ -63,6 +67,7 @@ def _load_bundle(source: Source, settings: Settings) -> Loaded:
         precision=bundle.precision,
         any_size=bundle.document["dynamic_image_size"],
         open_inside=partial(open_inside, bundle, settings.model_threads),
+        warm=partial(engine.warm, settings.batch_size),
     )
 
 
