@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from visformer import kernels
-from visformer.distributed import wait
 from visformer.errors import RunError
 from visformer.fusion import roofline
 from visformer.fusion.fused import fuse
@@ -28,7 +27,7 @@ from visformer.fusion.operation import Operation
 from visformer.models import create_model
 from visformer.verbs import bench_infer, bench_timm
 from visformer.verbs.bench import BenchOptions, bench
-from visformer.verbs.bench_timing import Contender, Timed, summarize
+from visformer.verbs.bench_timing import Contender, Timed, summarize, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMMS = ("visformer_tiny", "visformer_small")  # that timm has too
@@ -193,7 +192,7 @@ def infer(setting: Setting, name: str, batch_size: int, timeout_s: float) -> dic
             entrants.append(peer)
         except Exception as error:  # a peer that does not run here must not cost us the others
             left_out[peer_name] = _line(error)
-    timed = take_turns(entrants, setting)
+    timed = _in_turns(entrants, setting)
     records = [summarize(one, timed[min(1, len(timed) - 1)], batch_size) for one in timed]  # x the first peer
     limit = bench_infer.against_roofline(pair[0], records, batch_size, setting.device)
     peak = roofline.Peak(*(limit["roofline"][setting.precision][key] for key in roofline.Peak._fields))
@@ -258,7 +257,7 @@ def max_autotune(setting: Setting, name: str, batch_size: int) -> dict[str, Any]
     ]
     expected = bench_infer.exact_logits(ours, images)
     differences = {one.name: bench_infer.difference(one, expected, _PEER_LIMIT) for one in found}
-    timed = take_turns(found, setting)
+    timed = _in_turns(found, setting)
     return {
         "model": name,
         "batch_size": batch_size,
@@ -267,26 +266,8 @@ def max_autotune(setting: Setting, name: str, batch_size: int) -> dict[str, Any]
     }
 
 
-def take_turns(contenders: list[Contender], setting: Setting) -> list[Timed]:
-    """Seconds of a step of each, turn by turn; a turn is as many steps, one right after the other, as take 50 ms."""
-    steps = [max(1, min(500, round(0.05 / _turn(one, 2, setting.device)))) for one in contenders]
-    seconds: list[list[float]] = [[] for _ in contenders]
-    for number in range(setting.rounds):
-        for offset in range(len(contenders)):
-            i = (number + offset) % len(contenders)
-            seconds[i].append(_turn(contenders[i], steps[i], setting.device))
-    finite = [bool(one.step().isfinite().all()) for one in contenders]
-    return [Timed(*row) for row in zip(contenders, seconds, finite, strict=True)]
-
-
-def _turn(contender: Contender, steps: int, device: torch.device) -> float:
-    """Seconds of a step, the mean of `steps`."""
-    wait(device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        contender.step()
-    wait(device)
-    return (time.perf_counter() - began) / steps
+def _in_turns(contenders: list[Contender], setting: Setting) -> list[Timed]:
+    return take_turns(contenders, setting.device, warmup=0, repeats=setting.rounds, title="", turn_s=0.05)
 
 
 def layer_times(fast: nn.Module, layers: list[roofline.Layer], peak: roofline.Peak) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 
 import pytest
 import timm
@@ -73,7 +74,7 @@ def test_the_table_names_every_contender(capsys):
     assert "forward pass of visformer_tiny, batch 2, 32x32 pixels" in captured.out
     for name in ("visformer (fp32, channels_last)", "timm (fp32, contiguous)", "timm as ours (fp32, channels_last)"):
         assert name in captured.out
-    assert "timing 2 steps of each" in captured.err
+    assert "timing 2 turns of each" in captured.err
 
 
 # ---- the figures
@@ -100,6 +101,23 @@ def test_contenders_take_turns_and_each_is_first_in_some_round():
     assert "".join(calls) == "abcbcacababc"
     assert [len(t.seconds) for t in timed] == [3, 3, 3]
     assert [t.finite for t in timed] == [True, False, True]
+
+
+def test_short_steps_are_taken_several_in_a_turn_after_one_that_does_not_count():
+    calls = []
+
+    def step(name, seconds):
+        calls.append(name)
+        time.sleep(seconds)
+        return torch.ones(1)
+
+    entries = [contender("slow", lambda: step("slow", 0.2)), contender("fast", lambda: step("fast", 0.01))]
+    slow, fast = take_turns(entries, CPU, warmup=0, repeats=3, title="", turn_s=0.1)
+    assert len(slow.seconds) == len(fast.seconds) == 3
+    assert 0.2 <= min(slow.seconds) < 1 and 0.01 <= min(fast.seconds) < 0.2
+    assert calls.count("slow") == 3 + 3, "two show how long a step takes, after one more"
+    turns = "".join(name[0] for name in calls[6:]).replace("s", " ").split()
+    assert all(len(turn) > 2 for turn in turns)
 
 
 # ---- the same thing is timed

@@ -250,24 +250,6 @@ def test_tiles_that_a_device_refuses_are_passed_over(parts, monkeypatch):
         parts.check_kernels(parts.Setting(torch.device("cpu"), 32, True))
 
 
-def test_turns_are_shared_and_counted_by_the_step(parts):
-    calls = []
-
-    def step(name: str, seconds: float):
-        def run() -> torch.Tensor:
-            calls.append(name)
-            time.sleep(seconds)
-            return torch.ones(1)
-
-        return parts.Contender(name, "fp32", "contiguous", run)
-
-    setting = parts.Setting(torch.device("cpu"), 32, True)
-    slow, fast = parts.take_turns([step("slow", 0.06), step("fast", 0.01)], setting)
-    assert len(slow.seconds) == len(fast.seconds) == 3 and slow.finite
-    assert 0.06 <= min(slow.seconds) < 0.5 and 0.01 <= min(fast.seconds) < 0.2
-    assert calls.count("slow") < calls.count("fast")
-
-
 def test_tests_that_take_too_long_are_cut_off(parts, tmp_path):
     path = tmp_path / "test_endless.py"
     path.write_text("import time\ndef test_endless():\n    time.sleep(60)\n")

@@ -98,10 +98,10 @@ def test_a_graph_that_differs_is_refused_and_leaves_what_was_there(model, tmp_pa
     before = build(model, request, tmp_path / "bundle")
     real = graphs.plain
 
-    def wrong(model, **options):
-        form = real(model, **options)
-        form.head.bias += 0.5
-        return form
+    def wrong(*given, **options):
+        changed = real(*given, **options)
+        changed.head.bias += 0.5
+        return changed
 
     monkeypatch.setattr(graphs, "plain", wrong)
     with pytest.raises(RunError, match=r"a logit differs by 0\.5"):

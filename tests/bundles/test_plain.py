@@ -10,7 +10,7 @@ import torch
 
 from tests.bundles.conftest import settle, small_model
 from visformer.bundles.graphs import batch_graph, joined, preprocessing_graph
-from visformer.bundles.plain import plain
+from visformer.bundles.plain import Form, _widen_groups, plain
 from visformer.data.preprocessing import Preprocessing
 from visformer.errors import UsageError
 from visformer.models import Visformer, architecture, create_model, list_models
@@ -23,8 +23,9 @@ def test_the_plain_form_gives_the_models_logits(name):
     images = torch.randn(2, 3, 64, 64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
-        wanted, got = model(images), plain(model)(images)
-        assert (wanted - got).abs().max() < 1e-5 * wanted.abs().max()
+        wanted = model(images)
+        for form in (Form(), Form(split_first=True, wide_groups=True)):
+            assert (wanted - plain(model, form)(images)).abs().max() < 1e-5 * wanted.abs().max()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the model has changed"
 
 
@@ -79,8 +80,30 @@ def test_attention_is_the_same_in_either_order():
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(images)
-        for split_first in (False, True):
-            torch.testing.assert_close(plain(model, split_first=split_first)(images), expected, atol=1e-4, rtol=1e-4)
+        for form in (Form(), Form(split_first=True)):
+            torch.testing.assert_close(plain(model, form)(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("visformer_tiny", {(24, 8)}),
+        ("visformer_small", {(48, 8)}),
+        ("visformer_tiny_v2", {(48, 2), (24, 8)}),
+        ("visformer_small_v2", {(16, 8), (32, 8)}),
+    ],
+)
+def test_wide_groups_fill_registers(name, widths):
+    model = plain(create_model(name, num_classes=2, image_size=32), Form(wide_groups=True))
+    convs = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d) and module.groups > 1]
+    assert {(conv.weight.shape[1], conv.groups) for conv in convs} == widths
+
+
+def test_groups_whose_number_does_not_allow_it_stay():
+    conv = torch.nn.Conv2d(24, 24, 3, groups=2)  # of 12 channels, of which it takes four
+    before = conv.weight.clone()
+    _widen_groups(conv)
+    assert conv.groups == 2 and torch.equal(conv.weight, before)
 
 
 def test_a_graph_has_readable_names_and_nothing_of_this_machine():
@@ -98,7 +121,7 @@ def test_a_graph_has_readable_names_and_nothing_of_this_machine():
 
 @pytest.mark.parametrize(("split_first", "transposes"), [(True, 3 + 1 + 1), (False, 3 * 2 + 2)])
 def test_a_graph_has_no_norms_left_and_few_transposes(split_first, transposes):
-    graph = batch_graph(small_model(), dynamic_size=False, split_first=split_first).graph
+    graph = batch_graph(small_model(), dynamic_size=False, form=Form(split_first=split_first)).graph
     operations = Counter(node.op_type for node in graph.node)
     assert operations["BatchNormalization"] == 0
     assert operations["Transpose"] <= transposes * 2  # q, k, v, k again, and back, in each of two attentions

@@ -145,8 +145,8 @@ def _write_model(model: Any, request: Request, folder: Path) -> tuple[str, str |
     # OpenVINO stores and computes halves by itself; in ONNX they are part of the graph.
     is_half_graph = request.format == "onnx" and request.precision == "fp16"
     dtype = torch.float16 if is_half_graph else torch.float32
-    split_first = request.format != "openvino" or request.precision == "bf16"  # see plain.PlainAttention
-    batch = graphs.batch_graph(model, dynamic_size=request.dynamic_image_size, dtype=dtype, split_first=split_first)
+    form = _form(request.format, request.precision)
+    batch = graphs.batch_graph(model, dynamic_size=request.dynamic_image_size, dtype=dtype, form=form)
     preprocessing = graphs.preprocessing_graph(model.preprocessing) if with_image else None
     metadata = _metadata(model, request)
     if request.format == "onnx":
@@ -165,6 +165,14 @@ def _write_model(model: Any, request: Request, folder: Path) -> tuple[str, str |
         converted = quantised_openvino(converted, list(_calibration(model, request)))
     before = None if preprocessing is None else openvino_model(preprocessing)
     return write_openvino(folder, converted, before, request.precision, metadata)
+
+
+def _form(format: str, precision: str) -> Any:
+    """See `plain.Form`."""
+    from visformer.bundles.plain import Form
+
+    in_openvino = format == "openvino"
+    return Form(split_first=not in_openvino or precision == "bf16", wide_groups=in_openvino and precision == "int8")
 
 
 def _calibration(model: Any, request: Request) -> Iterator[np.ndarray]:

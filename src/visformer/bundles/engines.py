@@ -179,7 +179,7 @@ class _OpenVinoModels(_Files):
         def run(array: np.ndarray) -> np.ndarray:
             if not hasattr(requests, "own"):
                 requests.own = compiled.create_infer_request()
-            return np.array(requests.own.infer({0: array})[0])
+            return np.array(requests.own.infer({0: array}, share_inputs=True, share_outputs=True)[0])
 
         return run
 

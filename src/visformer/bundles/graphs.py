@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from visformer.bundles.image_graph import ImageGraph
-from visformer.bundles.plain import plain
+from visformer.bundles.plain import BASIC, Form, plain
 from visformer.data.preprocessing import Preprocessing
 from visformer.models import Visformer
 
@@ -57,13 +57,13 @@ class ImageModel(nn.Module):
 
 
 def batch_graph(
-    model: Visformer, *, dynamic_size: bool, dtype: torch.dtype = torch.float32, split_first: bool = False
+    model: Visformer, *, dynamic_size: bool, dtype: torch.dtype = torch.float32, form: Form = BASIC
 ) -> onnx.ModelProto:
     """The ONNX graph from `images` to `logits`, for batches of any number and, with `dynamic_size`, of any size.
 
-    For `split_first` see `plain.PlainAttention`.
+    `form` is what suits the engine.
     """
-    deployed: nn.Module = plain(model, dynamic_size=dynamic_size, split_first=split_first)
+    deployed: nn.Module = plain(model, form, dynamic_size=dynamic_size)
     if dtype != torch.float32:
         deployed = InPrecision(deployed, dtype)
     example, shapes = batch_example(model, dynamic_size)

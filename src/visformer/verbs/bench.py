@@ -6,7 +6,7 @@
     visformer bench --what serve
 
 Loading is in bench_data.py, training from files in bench_feed.py, serving in bench_serve.py. For the rest, all
-contenders work on the same synthetic batch in the same process and take turns step by step; nothing is read from disk.
+contenders work on the same synthetic batch in the same process and take turns; nothing is read from disk.
 They must first prove that they compute the same thing: with equal weights, equal logits. A training step is forward,
 label-smoothed cross entropy, backward and AdamW; an inference step is a forward pass on normalised images.
 """
@@ -52,11 +52,11 @@ class BenchOptions:
     )
     repeats: int | None = option(
         None,
-        "steps of each contender that count, with data and end_to_end passes over the images, with serve turns; None: "
-        "20, of passes and turns 5",
+        "turns of each contender that count: a step, or as many as take 50 ms; with data and end_to_end a pass over "
+        "the images, with serve seconds of load; None: 20, with those three 5",
     )
     warmup: int | None = option(
-        None, "steps, passes or turns of each contender before those that count; None: 3, of passes and turns 1"
+        None, "turns of each contender before those that count; None: 3, with data, end_to_end and serve 1"
     )
     data_dir: str = option("", "folder of class folders to read; empty: JPEGs made on the spot", group="Data")
     num_images: int | None = option(
@@ -317,10 +317,10 @@ def _measure(
 
         more, extra = bench_infer.entrants(name, pair, bench_timm.synthetic_images(config, device), options)
         contenders += more
-    console.note(f"{title}: same logits as timm's (to {pair.difference:.0e}); timing {options.repeats} steps of each")
+    console.note(f"{title}: same logits as timm's (to {pair.difference:.0e}); timing {options.repeats} turns of each")
     repeats, warmup = options.repeats or 0, options.warmup or 0  # never None: see BenchOptions
     with kept_memory(device, options.what == "train"):  # as `visformer train` does; timm's steps gain by it too
-        timed = take_turns(contenders, device, warmup=warmup, repeats=repeats, title=title)
+        timed = take_turns(contenders, device, warmup=warmup, repeats=repeats, title=title, turn_s=0.05)
     baseline = next(t for t in timed if t.contender.name == bench_timm.BASELINE)
     for t in timed:
         if not t.finite:

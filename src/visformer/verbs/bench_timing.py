@@ -1,7 +1,7 @@
 """Timing several contenders side by side, in one process and turn by turn.
 
-A machine's speed drifts: other work, heat, clocks. So the contenders take turns step by step, each round begins with
-another of them, and a ratio compares the two steps of the same round. Medians and quartiles tell what is typical and
+A machine's speed drifts: other work, heat, clocks. So the contenders take turns, each round begins with another of
+them, and a ratio compares the two turns of the same round. Medians and quartiles tell what is typical and
 how far it spreads.
 """
 
@@ -32,7 +32,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of each step of a contender, round by round, and whether its last result was finite."""
+    """Seconds of a step of a contender, round by round, and whether its last result was finite."""
 
     contender: Contender
     seconds: list[float]
@@ -40,28 +40,41 @@ class Timed:
 
 
 def take_turns(
-    contenders: list[Contender], device: torch.device, *, warmup: int, repeats: int, title: str
+    contenders: list[Contender], device: torch.device, *, warmup: int, repeats: int, title: str, turn_s: float = 0.0
 ) -> list[Timed]:
-    """Run `warmup` rounds that do not count, then `repeats` that do; one step of each contender a round.
+    """Run `warmup` rounds that do not count, then `repeats` that do; one turn of each contender a round.
 
-    A terminal shows progress on stderr under `title`.
+    A turn is one step, or as many of them, one right after the other, as take `turn_s` seconds (500 at most). Before
+    several comes one more that does not count: the threads of the contender before, which look for work a while longer,
+    have gone to sleep by then, and its own are awake. A terminal shows progress on stderr under `title`.
     """
     count = len(contenders)
+    steps = [max(1, min(500, round(turn_s / _turn(one, 2, device)[0]))) if turn_s else 1 for one in contenders]
     seconds: list[list[float]] = [[] for _ in contenders]
     results = [torch.zeros(())] * count
     with console.progress() as bar:
         task = bar.add_task(title, total=warmup + repeats, status="rounds")
         for turn in range(warmup + repeats):
             for i in (*range(turn % count, count), *range(turn % count)):
-                wait(device)
-                began = time.perf_counter()
-                results[i] = contenders[i].step()
-                wait(device)
+                taken, results[i] = _turn(contenders[i], steps[i], device)
                 if turn >= warmup:
-                    seconds[i].append(time.perf_counter() - began)
+                    seconds[i].append(taken)
             bar.advance(task)
     finite = [bool(result.isfinite().all()) for result in results]
     return [Timed(*row) for row in zip(contenders, seconds, finite, strict=True)]
+
+
+def _turn(contender: Contender, steps: int, device: torch.device) -> tuple[float, Tensor]:
+    """Seconds of a step, the mean of `steps`; and the last one's result."""
+    if steps > 1:
+        contender.step()
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(steps - 1):
+        contender.step()
+    result = contender.step()
+    wait(device)
+    return (time.perf_counter() - began) / steps, result
 
 
 def summarize(timed: Timed, baseline: Timed, images: int) -> dict[str, Any]:
