@@ -28,8 +28,8 @@ from visformer.models.layers import PatchEmbed, PatchProjection, PointwiseConv, 
 class Form:
     """What suits one engine and not another.
 
-    `split_first`: see `PlainAttention`. `wide_groups`: groups of fewer than 16 channels, which is what a register holds,
-    are merged until they fill registers, with zeros between them. In int8 OpenVINO 2026.4 takes half as long again for
+    `split_first`: see `PlainAttention`. `wide_groups`: groups of fewer than 16 channels, what a register holds, are
+    merged until they fill registers, with zeros between them. In int8 OpenVINO 2026.4 takes half as long again for
     groups of 12 as for groups of 48 with four times the multiplications.
     """
 

@@ -22,7 +22,7 @@ from visformer.serving.inference import Inference
 from visformer.serving.metrics import CONTENT_TYPE, Metrics
 from visformer.serving.model import Loaded, load
 from visformer.serving.predict import Predict, Shortcut, predict_router
-from visformer.serving.refusals import Refusal, body_too_large
+from visformer.serving.refusals import Refusal, body_too_large, forget
 from visformer.serving.repository import Repository
 from visformer.serving.rest import protocol_router
 from visformer.serving.settings import Settings
@@ -150,6 +150,7 @@ def release() -> str:
 def _add_errors(api: FastAPI, settings: Settings) -> None:
     @api.exception_handler(Refusal)
     async def refused(request: Request, error: Any) -> Response:
+        forget(error)
         return refusal_response(error)
 
     @api.exception_handler(Exception)

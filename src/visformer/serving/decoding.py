@@ -23,7 +23,7 @@ from PIL import Image
 from visformer.bundles.pixels import ImagePreprocessing
 from visformer.data.decode import ImageError, open_image, stored_size
 from visformer.serving.batching import Answer, Batcher, Waiting
-from visformer.serving.refusals import bad
+from visformer.serving.refusals import Refusal, bad, forget
 
 T = TypeVar("T")
 
@@ -68,6 +68,8 @@ class Decoder:
             row = decoded(data, preprocessing, self.max_pixels)
         except BaseException as error:
             batcher.give_room(1)
+            if isinstance(error, Refusal):
+                forget(error)
             with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
                 answer.get_loop().call_soon_threadsafe(_fail, answer, error)
             return

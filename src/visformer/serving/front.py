@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from visformer.serving import log
 from visformer.serving.door import Call, Door
 from visformer.serving.metrics import Metrics
-from visformer.serving.refusals import CLIENT_GONE, Refusal, body_too_large
+from visformer.serving.refusals import CLIENT_GONE, Refusal, body_too_large, forget
 from visformer.serving.tracing import Tracing
 
 PROBES = frozenset({"/v2/health/live", "/v2/health/ready"})  # they carry no key
@@ -48,9 +48,11 @@ class Front:
                 self._admit(scope, headers)
                 await self.app(scope, receive, answer.send)
         except Refusal as refusal:
+            forget(refusal)
             await answer.refuse(refusal, scope, receive)
         except Exception as error:
             log.fault(error, request_id=call.request_id)
+            forget(error)
             await answer.refuse(internal(call), scope, receive)
         finally:
             self.door.leave(call)

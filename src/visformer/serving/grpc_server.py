@@ -17,7 +17,7 @@ from visformer.serving import grpc_methods, log
 from visformer.serving.door import Call
 from visformer.serving.front import access_record, check_key, internal
 from visformer.serving.messages import SERVICE, methods
-from visformer.serving.refusals import CLIENT_GONE, Refusal, busy, late
+from visformer.serving.refusals import CLIENT_GONE, Refusal, busy, forget, late
 
 if TYPE_CHECKING:
     from visformer.serving.app import Service
@@ -82,24 +82,26 @@ def unary_method(service: Service, name: str, method: Callable[..., Awaitable[An
     async def handle(request: Any, context: Any) -> Any:
         call = _enter(service, context)
         try:
-            refusal, answer = None, await _answer(service, name, method, request, context, call)
-        except Refusal as error:
-            refusal, answer = error, None
+            return await _answer(service, name, method, request, context, call)
+        except Refusal as refusal:
+            forget(refusal)
+            _refuse(context, refusal)
+            return None  # with a status that is not OK, gRPC sends no message
         finally:
             service.door.leave(call)
-        if refusal is not None:
-            await _refuse(context, refusal)
-        return answer
 
     return handle
 
 
-async def _refuse(context: Any, refusal: Refusal) -> None:
+def _refuse(context: Any, refusal: Refusal) -> None:
+    """Set the status; `context.abort` would raise an error that holds the request for a while."""
+    code = _CODES.get(refusal.status, grpc.StatusCode.INTERNAL)
     if refusal.late:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, refusal.message)
-    if refusal.retry_after_s is not None:
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
+    elif refusal.retry_after_s is not None:
         context.set_trailing_metadata((("grpc-retry-pushback-ms", str(round(refusal.retry_after_s * 1000))),))
-    await context.abort(_CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message)
+    context.set_code(code)
+    context.set_details(refusal.message)
 
 
 def streaming_method(service: Service, name: str) -> Callable[..., AsyncIterator[Any]]:
@@ -112,6 +114,7 @@ def streaming_method(service: Service, name: str) -> Callable[..., AsyncIterator
                 answer = await _answer(service, name, grpc_methods.ModelInfer, request, context, call)
                 yield grpc_methods.stream_answer(answer)
             except Refusal as refusal:
+                forget(refusal)
                 yield grpc_methods.stream_error(request.id, refusal.message)
             finally:
                 service.door.leave(call)
