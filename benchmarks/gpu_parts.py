@@ -27,7 +27,7 @@ from visformer.fusion.operation import Operation
 from visformer.models import create_model
 from visformer.verbs import bench_infer, bench_timm
 from visformer.verbs.bench import BenchOptions, bench
-from visformer.verbs.bench_timing import Contender, Timed, summarize, take_turns
+from visformer.verbs.bench_timing import TURN_S, Contender, in_turns, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMMS = ("visformer_tiny", "visformer_small")  # that timm has too
@@ -192,7 +192,7 @@ def infer(setting: Setting, name: str, batch_size: int, timeout_s: float) -> dic
             entrants.append(peer)
         except Exception as error:  # a peer that does not run here must not cost us the others
             left_out[peer_name] = _line(error)
-    timed = _in_turns(entrants, setting)
+    timed = in_turns(entrants, setting.device, 0, setting.rounds, TURN_S)
     records = [summarize(one, timed[min(1, len(timed) - 1)], batch_size) for one in timed]  # x the first peer
     limit = bench_infer.against_roofline(pair[0], records, batch_size, setting.device)
     peak = roofline.Peak(*(limit["roofline"][setting.precision][key] for key in roofline.Peak._fields))
@@ -257,17 +257,13 @@ def max_autotune(setting: Setting, name: str, batch_size: int) -> dict[str, Any]
     ]
     expected = bench_infer.exact_logits(ours, images)
     differences = {one.name: bench_infer.difference(one, expected, _PEER_LIMIT) for one in found}
-    timed = _in_turns(found, setting)
+    timed = in_turns(found, setting.device, 0, setting.rounds, TURN_S)
     return {
         "model": name,
         "batch_size": batch_size,
         "contenders": [summarize(one, timed[1], batch_size) for one in timed],
         "logit_differences": differences,
     }
-
-
-def _in_turns(contenders: list[Contender], setting: Setting) -> list[Timed]:
-    return take_turns(contenders, setting.device, warmup=0, repeats=setting.rounds, title="", turn_s=0.05)
 
 
 def layer_times(fast: nn.Module, layers: list[roofline.Layer], peak: roofline.Peak) -> list[dict[str, Any]]:

@@ -301,7 +301,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Prove that the contenders agree, then time them."""
     from visformer.verbs import bench_timm
-    from visformer.verbs.bench_timing import summarize, take_turns
+    from visformer.verbs.bench_timing import TURN_S, summarize, take_turns
     from visformer.verbs.memory import kept_memory
     from visformer.verbs.precision import settle_precision
 
@@ -320,7 +320,7 @@ def _measure(
     console.note(f"{title}: same logits as timm's (to {pair.difference:.0e}); timing {options.repeats} turns of each")
     repeats, warmup = options.repeats or 0, options.warmup or 0  # never None: see BenchOptions
     with kept_memory(device, options.what == "train"):  # as `visformer train` does; timm's steps gain by it too
-        timed = take_turns(contenders, device, warmup=warmup, repeats=repeats, title=title, turn_s=0.05)
+        timed = take_turns(contenders, device, warmup=warmup, repeats=repeats, title=title, turn_s=TURN_S)
     baseline = next(t for t in timed if t.contender.name == bench_timm.BASELINE)
     for t in timed:
         if not t.finite:

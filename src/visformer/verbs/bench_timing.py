@@ -19,6 +19,8 @@ from torch import Tensor
 from visformer import console
 from visformer.distributed import wait
 
+TURN_S = 0.05  # of short steps
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -42,24 +44,36 @@ class Timed:
 def take_turns(
     contenders: list[Contender], device: torch.device, *, warmup: int, repeats: int, title: str, turn_s: float = 0.0
 ) -> list[Timed]:
+    """`in_turns`; a terminal shows progress on stderr under `title`."""
+    with console.progress() as bar:
+        task = bar.add_task(title, total=warmup + repeats, status="rounds")
+        return in_turns(contenders, device, warmup, repeats, turn_s, lambda: bar.advance(task))
+
+
+def in_turns(
+    contenders: list[Contender],
+    device: torch.device,
+    warmup: int,
+    repeats: int,
+    turn_s: float,
+    on_round: Callable[[], None] = lambda: None,
+) -> list[Timed]:
     """Run `warmup` rounds that do not count, then `repeats` that do; one turn of each contender a round.
 
     A turn is one step, or as many of them, one right after the other, as take `turn_s` seconds (500 at most). Before
     several comes one more that does not count: the threads of the contender before, which look for work a while longer,
-    have gone to sleep by then, and its own are awake. A terminal shows progress on stderr under `title`.
+    have gone to sleep by then, and its own are awake.
     """
     count = len(contenders)
     steps = [max(1, min(500, round(turn_s / _turn(one, 2, device)[0]))) if turn_s else 1 for one in contenders]
     seconds: list[list[float]] = [[] for _ in contenders]
     results = [torch.zeros(())] * count
-    with console.progress() as bar:
-        task = bar.add_task(title, total=warmup + repeats, status="rounds")
-        for turn in range(warmup + repeats):
-            for i in (*range(turn % count, count), *range(turn % count)):
-                taken, results[i] = _turn(contenders[i], steps[i], device)
-                if turn >= warmup:
-                    seconds[i].append(taken)
-            bar.advance(task)
+    for number in range(warmup + repeats):
+        for i in (*range(number % count, count), *range(number % count)):
+            taken, results[i] = _turn(contenders[i], steps[i], device)
+            if number >= warmup:
+                seconds[i].append(taken)
+        on_round()
     finite = [bool(result.isfinite().all()) for result in results]
     return [Timed(*row) for row in zip(contenders, seconds, finite, strict=True)]
 
