@@ -23,10 +23,9 @@ from visformer.atomic import atomic_text
 from visformer.bundles.build import Request, build
 from visformer.bundles.engines import to_picture
 from visformer.bundles.samples import generated
-from visformer.checkpoint import Checkpoint, write_checkpoint
 from visformer.data.preprocessing import Preprocessing
 from visformer.models import Visformer, create_model, list_models
-from visformer.pretrained import load
+from visformer.verbs.bench_infer import exportable
 
 CLASSES = 1000
 FORMATS = ("onnx", "openvino")
@@ -55,11 +54,9 @@ def row(name: str) -> dict[str, Any]:
     model = settled(create_model(name, num_classes=CLASSES), preprocessing)
     found: dict[str, Any] = {"model": name}
     with tempfile.TemporaryDirectory(prefix="visformer-") as place:
-        checkpoint = Path(place) / "model.safetensors"
-        labels = [f"class {number}" for number in range(CLASSES)]
-        write_checkpoint(checkpoint, Checkpoint(name, model.config, labels, preprocessing, model.state_dict()))
+        source = exportable(name, model, Path(place) / "model.safetensors")
         for form in FORMATS:
-            bundle = build(load(checkpoint), Request(form, "fp32", "tensor"), Path(place) / form)
+            bundle = build(source, Request(form, "fp32", "tensor"), Path(place) / form)
             parity = bundle.document["parity"]
             found |= {form: parity["batch_difference"], "largest_logit": parity["largest_logit"]}
     return found

@@ -201,16 +201,20 @@ def bundle(name: str, model: Visformer, engine: str, precision: str, folder: Pat
     if place.exists():
         return Bundle.open(place)
     checkpoint = folder / "model.safetensors"
-    if not checkpoint.exists():
-        labels = [f"class {number}" for number in range(model.num_classes)]
-        preprocessing = Preprocessing(model.config.image_size)
-        record = Checkpoint(name, model.config, labels, preprocessing, model.cpu().state_dict())
-        write_checkpoint(checkpoint, record)
+    loaded = load(checkpoint) if checkpoint.exists() else exportable(name, model, checkpoint)
     generator = np.random.default_rng(0)
     shape = (*model.config.image_size, 3)
     noise = [generator.integers(0, 256, shape, dtype=np.uint8) for _ in range(CALIBRATION)]
     pictures = [lambda picture=picture: picture for picture in noise] if precision == "int8" else []
-    return build(load(checkpoint), Request(ENGINES[engine][0], precision, "tensor", calibration=pictures), place)
+    return build(loaded, Request(ENGINES[engine][0], precision, "tensor", calibration=pictures), place)
+
+
+def exportable(name: str, model: Visformer, path: Path) -> Visformer:
+    """`model`, the one called `name`, written to `path` as a checkpoint whose classes are numbers, and read from it."""
+    labels = [f"class {number}" for number in range(model.num_classes)]
+    preprocessing = Preprocessing(model.config.image_size)
+    write_checkpoint(path, Checkpoint(name, model.config, labels, preprocessing, model.cpu().state_dict()))
+    return load(path)
 
 
 def peak_memory(

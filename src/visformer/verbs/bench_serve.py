@@ -236,21 +236,16 @@ def _export(name: str, image_size: int, files: Path, bundle: Path) -> None:
         )
     from visformer.bundles.build import Request, build
     from visformer.bundles.samples import as_channels
-    from visformer.checkpoint import Checkpoint, write_checkpoint
     from visformer.data.decode import open_image
-    from visformer.data.preprocessing import Preprocessing
     from visformer.models import create_model
-    from visformer.pretrained import load
+    from visformer.verbs.bench_infer import exportable
 
     torch.manual_seed(0)
     model = create_model(name, num_classes=LABELS, image_size=image_size)
-    labels = [f"class {number}" for number in range(LABELS)]
-    preprocessing = Preprocessing((image_size, image_size))
-    checkpoint = bundle.with_name(f"{name}.safetensors")
-    write_checkpoint(checkpoint, Checkpoint(name, model.config, labels, preprocessing, model.state_dict()))
     paths = sorted(files.rglob("*.jpg"))[:CALIBRATION]
     pictures = [lambda path=path: as_channels(open_image(path, 3), 3) for path in paths]
-    build(load(checkpoint), Request("openvino", "int8", "tensor", calibration=pictures), bundle)
+    source = exportable(name, model, bundle.with_name(f"{name}.safetensors"))
+    build(source, Request("openvino", "int8", "tensor", calibration=pictures), bundle)
 
 
 # ---- the figures
