@@ -8,11 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.bundles.conftest import CLASSES, small_model
 from visformer import cli
 from visformer.bundles import Bundle
 from visformer.bundles.build import Request, build
 from visformer.bundles.parity import Parity, judge
+from visformer.checkpoint import Checkpoint, write_checkpoint
+from visformer.data.preprocessing import Preprocessing
 from visformer.errors import RunError, UsageError
+from visformer.pretrained import load
 from visformer.verbs.export import ExportOptions, export
 from visformer.verbs.predictor import Predictor
 
@@ -208,6 +212,21 @@ def test_a_torch_package_gives_the_logits(bundles, model, precision):
         wanted = model(images).numpy()
     tolerance = {"fp32": 1e-4, "bf16": 5e-2}[precision] * np.abs(wanted).max()
     np.testing.assert_allclose(bundle.engine().run(images.numpy()), wanted, atol=tolerance)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", pytest.param("torch", marks=pytest.mark.slow)])
+def test_strides_of_an_axis_of_one_element_do_not_matter(format, tmp_path):
+    """A grey batch in channels_last is contiguous too, and NumPy gets its strides."""
+    model = small_model(channels=1)
+    preprocessing = Preprocessing((64, 64), mean=(0.0,), std=(255.0,), in_channels=1)
+    path = tmp_path / "grey.safetensors"
+    write_checkpoint(path, Checkpoint("visformer_tiny", model.config, CLASSES, preprocessing, model.state_dict()))
+    engine = build(load(path), Request(format, "fp32", "tensor"), tmp_path / "grey").engine(threads=1)
+    images = torch.randn(3, 1, 64, 64).to(memory_format=torch.channels_last)
+    assert images.is_contiguous() and images.stride() != images.clone(memory_format=torch.contiguous_format).stride()
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    np.testing.assert_allclose(engine.run(images.numpy()), wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_help_loads_no_engine(tmp_path):

@@ -261,8 +261,11 @@ class _TorchModels(_Files):
         package = inductor.aoti_load_package(file)
 
         def run(array: np.ndarray) -> np.ndarray:
+            # An axis of one element may have any stride; torch takes a grey batch for channels_last by it, and what was
+            # compiled for the other order then reads maps in the wrong one.
+            ordered = torch.from_numpy(array.reshape(-1)).view(array.shape)
             with torch.no_grad():
-                return package(torch.from_numpy(array)).numpy()
+                return package(ordered).numpy()
 
         return run
 
