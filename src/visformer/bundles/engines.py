@@ -261,11 +261,10 @@ class _TorchModels(_Files):
         package = inductor.aoti_load_package(file)
 
         def run(array: np.ndarray) -> np.ndarray:
-            # An axis of one element may have any stride; torch takes a grey batch for channels_last by it, and what was
-            # compiled for the other order then reads maps in the wrong one.
-            ordered = torch.from_numpy(array.reshape(-1)).view(array.shape)
+            # A copy, in order: an axis of one element may have any stride, by which torch takes a grey batch for
+            # channels_last, and what was compiled for the other order then reads maps in the wrong one.
             with torch.no_grad():
-                return package(ordered).numpy()
+                return package(torch.tensor(array.reshape(-1)).view(array.shape)).numpy()
 
         return run
 
