@@ -192,7 +192,7 @@ def infer(setting: Setting, name: str, batch_size: int, timeout_s: float) -> dic
             entrants.append(peer)
         except Exception as error:  # a peer that does not run here must not cost us the others
             left_out[peer_name] = _line(error)
-    timed = in_turns(entrants, setting.device, 0, setting.rounds, TURN_S)
+    timed = in_turns(entrants, setting.device, warmup=0, repeats=setting.rounds, turn_s=TURN_S)
     records = [summarize(one, timed[min(1, len(timed) - 1)], batch_size) for one in timed]  # x the first peer
     limit = bench_infer.against_roofline(pair[0], records, batch_size, setting.device)
     peak = roofline.Peak(*(limit["roofline"][setting.precision][key] for key in roofline.Peak._fields))
@@ -257,7 +257,7 @@ def max_autotune(setting: Setting, name: str, batch_size: int) -> dict[str, Any]
     ]
     expected = bench_infer.exact_logits(ours, images)
     differences = {one.name: bench_infer.difference(one, expected, _PEER_LIMIT) for one in found}
-    timed = in_turns(found, setting.device, 0, setting.rounds, TURN_S)
+    timed = in_turns(found, setting.device, warmup=0, repeats=setting.rounds, turn_s=TURN_S)
     return {
         "model": name,
         "batch_size": batch_size,

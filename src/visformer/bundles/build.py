@@ -26,6 +26,7 @@ from visformer.atomic import TEMPORARY_PREFIX
 from visformer.bundles.bundle import DOCUMENT, FORMAT, FORMAT_VERSION, Bundle, is_bundle, sha256
 from visformer.bundles.engines import Engine, to_picture
 from visformer.bundles.parity import Parity, compare, judge, other_size_difference
+from visformer.bundles.plain import Form
 from visformer.bundles.samples import PARITY_SIZES, SAMPLE_SIZES, generated
 from visformer.errors import RunError, UsageError
 
@@ -167,10 +168,8 @@ def _write_model(model: Any, request: Request, folder: Path) -> tuple[str, str |
     return write_openvino(folder, converted, before, request.precision, metadata)
 
 
-def _form(format: str, precision: str) -> Any:
+def _form(format: str, precision: str) -> Form:
     """See `plain.Form`."""
-    from visformer.bundles.plain import Form
-
     in_openvino = format == "openvino"
     return Form(split_first=not in_openvino or precision == "bf16", wide_groups=in_openvino and precision == "int8")
 

@@ -29,8 +29,8 @@ class Form:
     """What suits one engine and not another.
 
     `split_first`: see `PlainAttention`. `wide_groups`: groups of fewer than 16 channels, what a register holds, are
-    merged until they fill registers, with zeros between them. In int8 OpenVINO 2026.4 takes half as long again for
-    groups of 12 as for groups of 48 with four times the multiplications.
+    merged until they fill registers, with zeros between them. In int8 OpenVINO 2026.4 takes longer for
+    groups of 12 than for groups of 48, with four times the multiplications.
     """
 
     split_first: bool = False

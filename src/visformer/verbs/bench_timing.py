@@ -7,6 +7,7 @@ how far it spreads.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -47,12 +48,14 @@ def take_turns(
     """`in_turns`; a terminal shows progress on stderr under `title`."""
     with console.progress() as bar:
         task = bar.add_task(title, total=warmup + repeats, status="rounds")
-        return in_turns(contenders, device, warmup, repeats, turn_s, lambda: bar.advance(task))
+        done = functools.partial(bar.advance, task)
+        return in_turns(contenders, device, warmup=warmup, repeats=repeats, turn_s=turn_s, on_round=done)
 
 
 def in_turns(
     contenders: list[Contender],
     device: torch.device,
+    *,
     warmup: int,
     repeats: int,
     turn_s: float,
