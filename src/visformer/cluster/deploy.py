@@ -14,7 +14,7 @@ from ray.serve import Application
 from starlette.types import ASGIApp
 
 from visformer.cluster.document import DEPLOYMENT
-from visformer.cluster.remote_calls import Context
+from visformer.cluster.remote_calls import Context, Refused
 from visformer.errors import UsageError, nearest
 from visformer.serving import grpc_methods, log
 from visformer.serving.app import Service, make_app
@@ -80,7 +80,10 @@ class Replica:
 def _unary(name: str, parse: Any) -> Any:
     async def method(self: Replica, request: bytes, grpc_context: Any) -> Any:
         handle = unary_method(self.service, name, getattr(grpc_methods, name))
-        return await handle(parse(request), Context(grpc_context))
+        answer = await handle(parse(request), Context(grpc_context))
+        if answer is None:
+            raise Refused(grpc_context.details())
+        return answer
 
     return method
 

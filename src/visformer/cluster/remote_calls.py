@@ -22,8 +22,8 @@ def add_to_server(servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-class Aborted(Exception):  # noqa: N818 (the client learns the code, which is no error of ours)
-    """Ends a call whose code and details have been set."""
+class Refused(Exception):  # noqa: N818 (the client learns the code, which is no error of ours)
+    """Ends a call whose code and details have been set: Serve sends them in place of its own."""
 
 
 class Context:
@@ -41,7 +41,8 @@ class Context:
     def set_trailing_metadata(self, pairs: tuple[tuple[str, str], ...]) -> None:
         self._given.set_trailing_metadata(list(pairs))
 
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+    def set_code(self, code: grpc.StatusCode) -> None:
         self._given.set_code(code)
+
+    def set_details(self, details: str) -> None:
         self._given.set_details(details)
-        raise Aborted(details)
