@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from tests.bundles.conftest import small_model
 from tests.fusion.models import build
 from visformer.checkpoint import Checkpoint, write_checkpoint
 from visformer.cli import main
@@ -144,9 +145,8 @@ def test_a_graph_infers_the_images_that_it_is_given_each_time(monkeypatch):
 @pytest.mark.parametrize("engine", bench_infer.ENGINES)
 def test_bundles_of_every_precision_agree(engine, tmp_path):
     pytest.importorskip(engine)
-    pair = bench_timm.build_pair("visformer_tiny", 32)
-    images = torch.randn(2, 3, 32, 32)
-    found, differences = bench_infer.contenders("visformer_tiny", pair.ours, images, [engine], tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    found, differences = bench_infer.contenders("small", small_model(), images, [engine], tmp_path)
     precisions = bench_infer.ENGINES[engine][1]
     assert [c.precision for c in found] == ["fp32", "bf16", *precisions]
     assert differences[f"visformer, {engine} fp32"] < 1e-4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
 
 import torch
 
@@ -55,15 +56,8 @@ def describe(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """What a figure or a checkpoint depends on."""
-    import timm
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "timm": timm.__version__,
-    }
+    others = {name: metadata.version(name) for name in ("torchvision", "timm")}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **others}
 
 
 def wait(device: torch.device) -> None:

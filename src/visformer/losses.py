@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.loss.jsd import JsdCrossEntropy
 from torch import Tensor
 
 from visformer.config import TrainConfig
@@ -30,6 +29,8 @@ def build_loss(config: TrainConfig, class_weights: Tensor | None = None) -> Loss
     """
     smoothing, reduction = config.label_smoothing, config.reduction
     if config.aug_splits:
+        from timm.loss.jsd import JsdCrossEntropy
+
         divergence = JsdCrossEntropy(num_splits=config.aug_splits, smoothing=smoothing)
         return lambda logits, targets: divergence(logits.float(), targets)
     loss = partial({"CE": _cross_entropy, "BCE": _binary_cross_entropy}[config.loss], smoothing)

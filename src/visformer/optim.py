@@ -10,9 +10,6 @@ from collections import defaultdict
 from typing import Any, cast
 
 import torch
-from timm.models import group_parameters
-from timm.optim.lamb import Lamb
-from timm.optim.lion import Lion
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,9 +37,9 @@ def build_optimizer(model: Visformer, config: TrainConfig, device: torch.device)
         return torch.optim.RMSprop(groups, **momentum, eps=config.eps)
     if config.opt == "adagrad":
         return torch.optim.Adagrad(groups, **adaptive)
-    if config.opt == "lamb":
-        return Lamb(groups, **adaptive)
-    return Lion(groups, lr=config.lr)
+    from timm.optim import Lamb, Lion  # here, as timm takes a while to import and most runs need none of it
+
+    return Lamb(groups, **adaptive) if config.opt == "lamb" else Lion(groups, lr=config.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -89,6 +86,8 @@ def _spared(model: nn.Module, weight_decay_filter: str) -> set[str]:
 def _layer_scales(model: Visformer, layer_decay: float | None) -> dict[str, float]:
     if layer_decay is None:
         return {}
+    from timm.models import group_parameters
+
     layers = cast("dict[str, int]", group_parameters(model, model.group_matcher(), reverse=True))
     deepest = max(layers.values())
     return {name: layer_decay ** (deepest - layer) for name, layer in layers.items()}

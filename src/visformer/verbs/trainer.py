@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +75,7 @@ class Trainer:
         self.prepare = DeviceTransform(config, model.num_classes)
         self.precision = partial(autocast, device, config.amp_level, config.amp_dtype)
         self.scaler = _grad_scaler(config, device)
-        self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema else None
+        self.ema = _averaged(self.model, config.ema_decay) if config.ema else None
         self.max_norm = config.clip_value if config.clip_grad else float("inf")
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
@@ -240,6 +239,13 @@ class Trainer:
 def _labels_alone(loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
     """A distillation without a teacher."""
     return loss
+
+
+def _averaged(model: Visformer, decay: float) -> Any:
+    """timm's running average of the weights, which takes a while to import and few runs want."""
+    from timm.utils.model_ema import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def _grad_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
