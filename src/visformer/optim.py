@@ -37,7 +37,8 @@ def build_optimizer(model: Visformer, config: TrainConfig, device: torch.device)
         return torch.optim.RMSprop(groups, **momentum, eps=config.eps)
     if config.opt == "adagrad":
         return torch.optim.Adagrad(groups, **adaptive)
-    from timm.optim import Lamb, Lion  # here, as timm takes a while to import and most runs need none of it
+    from timm.optim.lamb import Lamb  # here, as timm takes a while to import, and few runs need it
+    from timm.optim.lion import Lion
 
     return Lamb(groups, **adaptive) if config.opt == "lamb" else Lion(groups, lr=config.lr)
 

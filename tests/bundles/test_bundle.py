@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from visformer.bundles import Bundle, is_bundle
-from visformer.bundles.engines import CheckpointEngine
+from visformer.bundles.checkpoint_engine import CheckpointEngine
 from visformer.bundles.parity import source_logits
 from visformer.bundles.samples import generated
 from visformer.bundles.self_test import self_test

@@ -1,7 +1,7 @@
-"""What runs a bundle, or a checkpoint: one interface, whoever computes.
+"""What runs a bundle: one interface, whoever computes; `checkpoint_engine.py` has it for a checkpoint.
 
 `run` takes a preprocessed batch and `run_image` one decoded image; both give logits. They may be called from several
-threads at once. An engine is imported when it is opened; only the torch engines need torch.
+threads at once. An engine is imported when it is opened; only that of AOTInductor needs torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from visformer.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from visformer.bundles.bundle import Bundle
-    from visformer.bundles.pixels import ImagePreprocessing
 
 _INSTALL = {"onnxruntime": "visformer[export]", "openvino": "visformer[export]", "torch": "visformer"}
 
@@ -267,37 +266,3 @@ class _TorchModels(_Files):
                 return package(torch.tensor(array.reshape(-1)).view(array.shape)).numpy()
 
         return run
-
-
-class CheckpointEngine:
-    """A model of ours, computed by torch. `device` and `precision` (fp32, bf16, fp16) are as `validate` has them."""
-
-    def __init__(self, model: Any, *, device: str = "auto", precision: str = "fp32", threads: int | None = None):
-        import torch
-
-        from visformer.distributed import autocast, select_device
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.device = select_device(device)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
-        level = "O0" if precision == "fp32" else "O1"
-        self._precision = functools.partial(autocast, self.device, level, "bf16" if level == "O0" else precision)
-
-    @property
-    def preprocessing(self) -> ImagePreprocessing:
-        """Of the model, without torch."""
-        from visformer.bundles.pixels import ImagePreprocessing
-
-        return ImagePreprocessing.from_dict(self.model.preprocessing.to_dict())
-
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """float32 (B, C, H, W), preprocessed -> logits, float32 (B, classes)"""
-        import torch
-
-        with torch.inference_mode(), self._precision():
-            return self.model(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
-
-    def run_image(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, channels) of any size, RGB order -> logits, float32 (classes,)"""
-        return self.run(self.preprocessing([to_picture(image)]))[0]

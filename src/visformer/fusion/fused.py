@@ -128,7 +128,9 @@ class CudaGraphs:
 
     def _record(self, key: tuple, images: Tensor) -> None:
         channels_last = images.contiguous(memory_format=torch.channels_last)
-        self.recorded[key] = record_graph(self.steps, channels_last, pool=self.pool)
+        # Other threads may use the device meanwhile: only what this one does must be recordable.
+        made = record_graph(self.steps, channels_last, pool=self.pool, capture_error_mode="thread_local")
+        self.recorded[key] = made
         if len(self.recorded) > WARM_SHAPES:
             self.recorded.popitem(last=False)
 

@@ -72,14 +72,18 @@ def _load_bundle(source: Source, settings: Settings) -> Loaded:
 
 
 def _load_checkpoint(source: Source, settings: Settings) -> Loaded:
-    from visformer.bundles.engines import CheckpointEngine
+    from visformer.bundles.checkpoint_engine import CheckpointEngine
     from visformer.pretrained import load as load_model
 
     model: Any = load_model(source.path)
     if not model.class_names:
         raise UsageError(f"{source.path}: its model has no classes, so it gives features and not labels")
     engine = CheckpointEngine(
-        model, device=settings.device, precision=settings.precision, threads=settings.model_threads
+        model,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.model_threads,
+        batch_size=settings.batch_size,
     )
     return Loaded(
         run=engine.run,
@@ -90,6 +94,7 @@ def _load_checkpoint(source: Source, settings: Settings) -> Loaded:
         precision=settings.precision,
         any_size=False,
         open_inside=partial(TorchInside, engine.model),
+        warm=engine.warm,
     )
 
 
