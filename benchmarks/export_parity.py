@@ -4,7 +4,8 @@
 
 Weights are random; norms have scales, shifts, and the statistics of generated images, as training leaves them: with a
 fresh model's statistics numbers grow through the network until rounding decides the logits, torch's own among them.
-Compared are twelve generated images of several sizes, in fp32, preprocessed, for ONNX Runtime and for OpenVINO.
+Compared are twelve generated images of several sizes, in fp32, preprocessed, for ONNX Runtime, OpenVINO and
+AOTInductor, which compiles C++ for each model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from visformer.models import Visformer, create_model, list_models
 from visformer.verbs.bench_infer import exportable
 
 CLASSES = 1000
-FORMATS = ("onnx", "openvino")
+FORMATS = ("onnx", "openvino", "torch")
 
 
 def main() -> None:
