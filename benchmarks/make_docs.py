@@ -322,11 +322,12 @@ def _export_accuracy(document: Any) -> str:
 
 
 def _export_parity(document: Any) -> str:
+    engines = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "AOTInductor"}
     rows = [
-        (f"`{row['model']}`", f"{row['largest_logit']:.1f}", f"{row['onnx']:.1e}", f"{row['openvino']:.1e}")
+        (f"`{row['model']}`", f"{row['largest_logit']:.1f}", *(f"{row[key]:.1e}" for key in engines))
         for row in document["rows"]
     ]
-    return table(["model", "largest logit", "ONNX Runtime off by", "OpenVINO off by"], rows)
+    return table(["model", "largest logit", *(f"{name} off by" for name in engines.values())], rows)
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -51,6 +51,33 @@ def serving(fake, models) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def calling(serving):
+    """`async with calling(**settings) as (call, service)`; `call(method, metadata=..., timeout=..., **fields)`."""
+
+    grpc, messages = pytest.importorskip("grpc"), pytest.importorskip("visformer.serving.messages")
+    from visformer.serving.grpc_server import start_grpc
+
+    @asynccontextmanager
+    async def started(**settings):
+        async with serving(grpc_port=0, **settings) as (_, service):
+            server, port = await start_grpc(service)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+
+                def call(method, *, timeout=20, metadata=(), **fields):
+                    name, request, response, _ = next(one for one in messages.methods() if one[0] == method)
+                    sent = channel.unary_unary(
+                        f"/{messages.SERVICE}/{name}", request.SerializeToString, response.FromString
+                    )
+                    return sent(request(**fields), timeout=timeout, metadata=metadata)
+
+                call.channel = channel
+                yield call, service
+            await server.stop(1)
+
+    return started
+
+
+@pytest.fixture
 def listening(fake, models) -> Callable[..., Any]:
     """`listening(client, **settings)`: what `client(port)` returns, called in a thread while the server listens."""
 

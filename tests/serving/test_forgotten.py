@@ -12,12 +12,10 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from tests.serving.fakes import picture
-from tests.serving.test_grpc import calling, grpc, images, messages
+from tests.serving.test_grpc import grpc, images, messages
 from tests.serving.test_http import INFER, infer_body
 from visformer.serving.door import Call
 from visformer.serving.refusals import Refusal
-
-__all__ = ["calling"]  # a fixture
 
 CUT = picture(9)[:50]
 BOUNDARY = {"content-type": "multipart/form-data; boundary=B"}
@@ -97,7 +95,7 @@ def test_nothing_is_left_of_a_request_over_http(serving, fake, name, capfd):
     assert asyncio.run(main()) == []
 
 
-def test_nothing_is_left_of_a_request_over_grpc(calling):
+def test_nothing_is_left_of_a_request_over_grpc(calling, fake, capfd):
     async def main():
         async with calling() as (call, _):
             await call("ModelInfer", **images(picture()))
@@ -113,6 +111,11 @@ def test_nothing_is_left_of_a_request_over_grpc(calling):
                 requests = [messages.message("ModelInferRequest")(**images(file)) for file in (CUT, picture())]
                 answers = [answer async for answer in stream(iter(requests))]
                 assert [bool(answer.error_message) for answer in answers] == [True, False]
+                fake.fail = ValueError("no one foresaw")
+                with pytest.raises(grpc.RpcError) as fault:
+                    await call("ModelInfer", **images(picture()))
+                assert fault.value.code() is grpc.StatusCode.INTERNAL
+                del fault
                 return [repr(one) for one in await settled()]
 
     assert asyncio.run(main()) == []

@@ -1,7 +1,6 @@
 """The same protocol over gRPC, spoken with our own messages; and the messages are what their source says."""
 
 import asyncio
-from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -13,30 +12,6 @@ from visformer.errors import UsageError
 grpc = pytest.importorskip("grpc")
 messages = pytest.importorskip("visformer.serving.messages")
 start_grpc = pytest.importorskip("visformer.serving.grpc_server").start_grpc
-
-
-@pytest.fixture
-def calling(serving):
-    """`async with calling(**settings) as (call, service)`; `call(method, metadata=..., timeout=..., **fields)`."""
-
-    @asynccontextmanager
-    async def started(**settings):
-        async with serving(grpc_port=0, **settings) as (_, service):
-            server, port = await start_grpc(service)
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-
-                def call(method, *, timeout=20, metadata=(), **fields):
-                    name, request, response, _ = next(one for one in messages.methods() if one[0] == method)
-                    sent = channel.unary_unary(
-                        f"/{messages.SERVICE}/{name}", request.SerializeToString, response.FromString
-                    )
-                    return sent(request(**fields), timeout=timeout, metadata=metadata)
-
-                call.channel = channel
-                yield call, service
-            await server.stop(1)
-
-    return started
 
 
 def images(*files: bytes, **more) -> dict:

@@ -151,6 +151,7 @@ async def _answer(
     except Exception as error:
         status = 500
         log.fault(error, request_id=call.request_id)
+        forget(error)
         raise internal(call) from None
     finally:
         call.count(good=status == 200)
