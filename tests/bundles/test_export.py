@@ -73,6 +73,7 @@ def test_int8_is_calibrated_measured_and_smaller(format, checkpoint, photos, tmp
     assert say(*words, "--output", tmp_path / "refused", "--max_drop", 0, "--dataset", "imagenet") in (0, 1)
     assert say(*words, "--output", tmp_path / "bundle", "--max_drop", 100) == 0
     bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.document["fit_gelu"] == (format == "openvino")
     accuracy = bundle.document["accuracy"]
     assert accuracy["source"]["top1"] == 100.0 and accuracy["bundle"]["top1"] > 60
     assert bundle.document["largest_logit_difference"] > 1e-3, "int8 can't be exact: was it quantised?"
@@ -148,6 +149,7 @@ def test_what_parity_refuses(precision, change, message):
         (["--ckpt_path", "CKPT", "--output", "full"], "no bundle"),
         (["--ckpt_path", "CKPT", "--output", "CKPT"], "is no folder"),
         (["--ckpt_path", "CKPT", "--output", "out", "--calib_images", "0"], "calib_images: 0"),
+        (["--ckpt_path", "CKPT", "--output", "out", "--gelu", "fitted"], "goes with --precision int8"),
         (["--ckpt_path", "CKPT", "--output", "out", "--max_drop", "-1"], "max_drop: -1"),
         (
             [

@@ -46,6 +46,9 @@ Images = Sequence[Callable[[], np.ndarray]]  # each gives uint8 (H, W, channels)
 class Request:
     """What to export, and on what to try it.
 
+    With `fit_gelu`, GELU is a hard swish fitted on the calibration images (`fitted_gelu.py`); None: where it is worth
+    that, in int8 for OpenVINO.
+
     `calibration` is what int8 takes its ranges from; `real_images` are compared beside generated ones' place when there
     are any. `measure` gives the accuracies to record for an engine, and raises `RunError` when they are too low.
     """
@@ -53,12 +56,17 @@ class Request:
     format: str
     precision: str
     input: str
+    fit_gelu: bool | None = None
     dynamic_image_size: bool = False
     checkpoint: str = ""
     calibration: Images = ()
     real_images: Images = ()
     measure: Callable[[Bundle, Engine], dict[str, Any]] | None = None
     note: Callable[[str], None] = field(default=lambda message: None)
+
+    def __post_init__(self) -> None:
+        if self.fit_gelu is None:
+            self.fit_gelu = (self.format, self.precision) == ("openvino", "int8")
 
 
 def build(model: Any, request: Request, destination: Path, *, overwrite: bool = False) -> Bundle:
@@ -147,7 +155,10 @@ def _write_model(model: Any, request: Request, folder: Path) -> tuple[str, str |
     is_half_graph = request.format == "onnx" and request.precision == "fp16"
     dtype = torch.float16 if is_half_graph else torch.float32
     form = _form(request.format, request.precision)
-    batch = graphs.batch_graph(model, dynamic_size=request.dynamic_image_size, dtype=dtype, form=form)
+    fitting = _calibration(model, request) if request.fit_gelu else ()
+    batch = graphs.batch_graph(
+        model, dynamic_size=request.dynamic_image_size, dtype=dtype, form=form, gelu_images=fitting
+    )
     preprocessing = graphs.preprocessing_graph(model.preprocessing) if with_image else None
     metadata = _metadata(model, request)
     if request.format == "onnx":
@@ -210,6 +221,7 @@ def _document(model: Any, request: Request, model_file: str, batch_file: str | N
         "engine": ENGINES[request.format],
         "engine_options": options,
         "precision": request.precision,
+        "fit_gelu": request.fit_gelu,
         "input": request.input,
         "model_file": model_file,
         "batch_file": batch_file,

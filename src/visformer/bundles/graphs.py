@@ -11,14 +11,16 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from visformer.bundles.fitted_gelu import fit_gelu
 from visformer.bundles.image_graph import ImageGraph
 from visformer.bundles.plain import BASIC, Form, plain
 from visformer.data.preprocessing import Preprocessing
@@ -57,13 +59,21 @@ class ImageModel(nn.Module):
 
 
 def batch_graph(
-    model: Visformer, *, dynamic_size: bool, dtype: torch.dtype = torch.float32, form: Form = BASIC
+    model: Visformer,
+    *,
+    dynamic_size: bool,
+    dtype: torch.dtype = torch.float32,
+    form: Form = BASIC,
+    gelu_images: Iterable[np.ndarray] = (),
 ) -> onnx.ModelProto:
     """The ONNX graph from `images` to `logits`, for batches of any number and, with `dynamic_size`, of any size.
 
-    `form` is what suits the engine.
+    `form` is what suits the engine. With `gelu_images`, float32 (1, C, H, W) each, GELU is a hard swish fitted on them.
     """
     deployed: nn.Module = plain(model, form, dynamic_size=dynamic_size)
+    fitting = [torch.from_numpy(image) for image in gelu_images]
+    if fitting:
+        fit_gelu(deployed, fitting)
     if dtype != torch.float32:
         deployed = InPrecision(deployed, dtype)
     example, shapes = batch_example(model, dynamic_size)
