@@ -13,7 +13,7 @@ quickstart: .venv/core ## install, then train, validate, predict and export on h
 	$(BIN)/visformer quickstart
 
 test: .venv/dev ## run the tests
-	$(BIN)/pytest -n 3 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: .venv/dev ## look for mistakes and for unformatted code
 	$(BIN)/ruff check

@@ -1,8 +1,7 @@
 """What every test process has in common.
 
-One thread each: `make test` has more processes than two cores, as some tests wait for processes of their own, and
-threads that wait for one another across processes make small work many times slower. Set before torch is loaded, and
-inherited by what a test starts.
+One thread each: `make test` has a process for each of two cores, and threads that wait for one another across
+processes make small work many times slower. Set before torch is loaded, and inherited by what a test starts.
 
 Properties are tried on the same examples in every run, so that a failure is there again in the next. New examples, a
 different set each time, are drawn with `--hypothesis-profile=explore`.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import collections
+import fcntl
 import http.client
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,12 @@ CALLS = Path(__file__).parents[1] / "serving" / "triton_calls.py"
 
 @contextmanager
 def on_ray(*arguments: str):
-    with running(*arguments, "--engine", "ray", "--access_log", "False") as server:
-        server.event("ready")
+    """Two that start at the same time may choose the same ports: tests in other processes wait for this one's start."""
+    with ExitStack() as stack:
+        with open(Path(tempfile.gettempdir()) / "visformer-tests-ray.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            server = stack.enter_context(running(*arguments, "--engine", "ray", "--access_log", "False"))
+            server.event("ready")
         yield server
 
 

@@ -37,6 +37,7 @@ _ANY = "0.0.0.0"
 # What a Ray that is started here is told, where the environment says nothing else; docs/cluster.md has it for clusters.
 _HA_PROXY = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # of 5, a busy machine needs more, and Serve kills what is late
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # 30 are for load balancers elsewhere
     # A request is asked for twice without harm: one whose replica died goes to another, if all of it is in the buffer.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
