@@ -321,6 +321,16 @@ def _export_accuracy(document: Any) -> str:
     return table(["bundle", "same class, % of 1,000", "logits off by at most", "top-1, %", "points"], rows)
 
 
+def _export_family(document: Any) -> str:
+    forms = list(document["rows"][0]["bundles"])
+    rows = [
+        [f"`{row['model']}`", f"{row['top1']:.1f}"]
+        + [f"{100 * b['agreement']:.1f}, {b['points']:+.1f}" for b in map(row["bundles"].__getitem__, forms)]
+        for row in document["rows"]
+    ]
+    return table(["model", "top-1, %", *forms], rows)
+
+
 def _export_parity(document: Any) -> str:
     engines = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "AOTInductor"}
     rows = [
@@ -341,6 +351,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fine-tuning": fine_tuning,
     "convert": convert,
     "export_accuracy": _export_accuracy,
+    "export_family": _export_family,
     "export_parity": _export_parity,
 }
 

@@ -121,7 +121,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_what_was_there(model, tmp_pa
         ("fp32", {"batch_difference": 0.011}, "the batch graph may by 0.001"),
         ("fp32", {"image_difference": 0.06}, "the image graph may by 0.05"),
         ("bf16", {"batch_difference": 1.1}, "differs by 1.1"),
-        ("bf16", {"batch_agreement": 0.99}, "99.00 % of 1,000 images, below 99.5 %"),
+        ("bf16", {"batch_agreement": 0.99}, "99.00 % of 1,000 images, below min_agreement 99.5 %"),
         ("fp16", {"image_agreement": 0.99}, "99.00 %"),
         ("int8", {"batch_difference": float("nan")}, "not finite"),
         ("int8", {"image_agreement": 0.98}, "98.00 % of the images, that for batches on 100.00 %"),
@@ -132,6 +132,13 @@ def test_what_parity_refuses(precision, change, message):
     judge(Parity("real", 1000, 10.0, **good), precision)
     with pytest.raises(RunError, match=message):
         judge(Parity("real", 1000, 10.0, **(good | change)), precision)
+
+
+def test_the_share_that_half_precision_must_agree_on_is_the_users():
+    parity = Parity("real", 1000, 10.0, 1e-4, 0.992, 1e-4, 0.992)
+    judge(parity, "bf16", 99.2)
+    with pytest.raises(RunError, match=r"99\.20 % of 1,000 images, below min_agreement 99\.3 %"):
+        judge(parity, "bf16", 99.3)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +158,7 @@ def test_what_parity_refuses(precision, change, message):
         (["--ckpt_path", "CKPT", "--output", "out", "--calib_images", "0"], "calib_images: 0"),
         (["--ckpt_path", "CKPT", "--output", "out", "--gelu", "fitted"], "goes with --precision int8"),
         (["--ckpt_path", "CKPT", "--output", "out", "--max_drop", "-1"], "max_drop: -1"),
+        (["--ckpt_path", "CKPT", "--output", "out", "--min_agreement", "101"], "min_agreement: 101"),
         (
             [
                 "--ckpt_path",

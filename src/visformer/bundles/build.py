@@ -25,7 +25,7 @@ from PIL import Image
 from visformer.atomic import TEMPORARY_PREFIX
 from visformer.bundles.bundle import DOCUMENT, FORMAT, FORMAT_VERSION, Bundle, is_bundle, sha256
 from visformer.bundles.engines import Engine, to_picture
-from visformer.bundles.parity import Parity, compare, judge, other_size_difference
+from visformer.bundles.parity import LEAST_AGREEMENT, Parity, compare, judge, other_size_difference
 from visformer.bundles.plain import Form
 from visformer.bundles.samples import PARITY_SIZES, SAMPLE_SIZES, generated
 from visformer.errors import RunError, UsageError
@@ -49,8 +49,9 @@ class Request:
     With `fit_gelu`, GELU is a hard swish fitted on the calibration images (`fitted_gelu.py`); None: where it is worth
     that, in int8 for OpenVINO.
 
-    `calibration` is what int8 takes its ranges from; `real_images` are compared beside generated ones' place when there
-    are any. `measure` gives the accuracies to record for an engine, and raises `RunError` when they are too low.
+    `calibration` is what int8 takes its ranges from. `real_images` are compared in generated ones' place when there are
+    any; in half precision the best class must be the source's for `min_agreement` percent of them. `measure` gives the
+    accuracies to record for an engine, and raises `RunError` when they are too low.
     """
 
     format: str
@@ -61,6 +62,7 @@ class Request:
     checkpoint: str = ""
     calibration: Images = ()
     real_images: Images = ()
+    min_agreement: float = LEAST_AGREEMENT
     measure: Callable[[Bundle, Engine], dict[str, Any]] | None = None
     note: Callable[[str], None] = field(default=lambda message: None)
 
@@ -83,7 +85,7 @@ def build(model: Any, request: Request, destination: Path, *, overwrite: bool = 
         engine = bundle.engine()
         request.note("comparing with the source")
         parity = _parity(model, request, bundle, engine)
-        judge(parity, request.precision)
+        judge(parity, request.precision, request.min_agreement)
         measured = parity.to_dict()
         if request.dynamic_image_size:
             measured["other_size_difference"] = other_size_difference(model, engine, parity, request.precision)

@@ -21,7 +21,7 @@ from visformer.bundles.pixels import ImagePreprocessing
 from visformer.errors import RunError
 
 LIMITS = {"fp32": (1e-4, 5e-3), "fp16": (1e-2, 1e-2), "bf16": (1e-1, 1e-1)}  # of batches and of images, x scale
-LEAST_AGREEMENT = 0.995  # of the best class, for half precision, on real images
+LEAST_AGREEMENT = 99.5  # percent of real images with the same best class, for half precision
 ENOUGH = 200  # real images for that to be judged
 _APART = 0.01  # by which an int8 bundle's two graphs may differ in that share
 _BATCH = 16
@@ -109,8 +109,11 @@ def source_logits(model: Any, pictures: Sequence[Any]) -> np.ndarray:
         return model(model.preprocessing.normalize(batch)).numpy()
 
 
-def judge(parity: Parity, precision: str) -> None:
-    """Raise `RunError` when the export does not give what the source gives. Int8 is judged by its accuracy instead."""
+def judge(parity: Parity, precision: str, min_agreement: float = LEAST_AGREEMENT) -> None:
+    """Raise `RunError` when the export does not give what the source gives. Int8 is judged by its accuracy instead.
+
+    `min_agreement` is of half precision: the percentage of real images whose best class must be the source's.
+    """
     if not np.isfinite(parity.largest_difference):
         raise RunError(f"precision: {precision} gives logits that are not finite; export with --precision fp32")
     enough = parity.images == "real" and parity.num_images >= ENOUGH
@@ -131,10 +134,11 @@ def judge(parity: Parity, precision: str) -> None:
             )
         agreement = getattr(parity, f"{which}_agreement")
         judged = precision != "fp32" and enough
-        if judged and agreement is not None and agreement < LEAST_AGREEMENT:
+        if judged and agreement is not None and 100 * agreement < min_agreement:
             raise RunError(
                 f"precision: {precision}: the best class is the source's for {100 * agreement:.2f} % of "
-                f"{parity.num_images:,} images, below {100 * LEAST_AGREEMENT:g} %; nothing was written. Try fp32"
+                f"{parity.num_images:,} images, below min_agreement {min_agreement:g} %; nothing was written. "
+                f"Try another precision"
             )
 
 

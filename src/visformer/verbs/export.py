@@ -100,6 +100,11 @@ class ExportOptions:
     val_split: str = option("val", "name of the split or folder; all: every image of a folder of class folders")
     split_file: str = option("", "record of the images to take, as validate has it")
     parity_images: int = option(1000, "labelled images, spread over all, whose logits are compared one by one")
+    min_agreement: float = option(
+        99.5,
+        "fp16 and bf16: percentage of the compared images, of 200 or more, whose best class must be the checkpoint's; "
+        "less, and the bundle is not written",
+    )
     max_drop: float = option(0.5, "percentage points of top-1 that the bundle may lose; more, and it is not written")
     batch_size: int = option(64, "images per batch while accuracy is measured")
     num_parallel_workers: int = option(8, "processes that decode; at most the cores there are; 0: none")
@@ -111,6 +116,8 @@ class ExportOptions:
         for name in ("num_parallel_workers", "max_drop"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: {getattr(self, name)} is out of range; it must be at least 0")
+        if not 0 <= self.min_agreement <= 100:
+            raise UsageError(f"min_agreement: {self.min_agreement:g} is out of range; it is a percentage, 0 to 100")
         if self.precision not in PRECISIONS[self.format]:
             raise UsageError(f"precision: {self.precision} with {self.format}: {_INSTEAD[self.format, self.precision]}")
         if self.input is None:
@@ -162,6 +169,7 @@ def export(options: ExportOptions) -> Bundle:
         checkpoint=options.ckpt_path,
         calibration=_calibration(options, model.preprocessing.in_channels),
         real_images=labelled.images(options.parity_images) if labelled else (),
+        min_agreement=options.min_agreement,
         measure=labelled.measure if labelled else None,
         note=console.note,
     )
