@@ -72,9 +72,10 @@ def announce(
     )
     whole = len(data.train)
     images = f"{whole:,}" if (config.num_samples or whole) >= whole else f"{config.num_samples:,} of {whole:,}"
+    epochs = "1 epoch" if config.epoch_size == 1 else f"{config.epoch_size} epochs"
     console.note(
-        f"{images} images to train on{held_out}; {config.epoch_size} epochs of "
-        f"{batches:,} batches of {config.batch_size}; writing to {config.ckpt_save_dir}"
+        f"{images} images to train on{held_out}; {epochs} of {batches:,} batches of "
+        f"{config.batch_size}; writing to {config.ckpt_save_dir}"
     )
 
 
