@@ -41,6 +41,20 @@ def test_the_fastest_that_is_right_wins(tuner, capsys):
     assert "kernel failing can't be used here: RuntimeError: out of shared memory" in said
 
 
+def test_one_that_can_not_be_timed_is_passed_over(tuner, capsys):
+    calls = []
+
+    def late(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) > 1:
+            raise RuntimeError("no memory left")
+        return x * 2
+
+    candidates = {"library": lambda: sleeping(0.001), "kernel late": lambda: late}
+    library = tuner.choose("double", candidates, (torch.ones(3),))
+    assert library is not late and "kernel late can't be timed here: RuntimeError: no memory" in capsys.readouterr().err
+
+
 def test_a_result_that_is_no_number_is_not_right(tuner):
     candidates = {"library": lambda: sleeping(0.01), "kernel": lambda: sleeping(0, factor=float("nan"))}
     library = tuner.choose("double", candidates, (torch.ones(3),))

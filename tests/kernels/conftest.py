@@ -35,6 +35,12 @@ def interpret_what_is_loaded() -> None:
                 setattr(module, name, InterpretedFunction(function.fn))
 
 
+@pytest.fixture(autouse=True)
+def full_fp32(monkeypatch):
+    """The library's convolutions on a GPU, which kernels are held against, in fp32 instead of TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels run: a GPU, or the CPU with the interpreter."""

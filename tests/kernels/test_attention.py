@@ -163,12 +163,12 @@ def test_the_operator_is_registered_in_full(window, device):
     torch.library.opcheck(torch.ops.visformer.attention.default, (qkv, 2, 0.25, bias, window, ()))
 
 
-def test_what_does_not_fit_is_told():
-    qkv = map_of(1, 4, 5, 2, 16, torch.float32, "cpu")
+def test_what_does_not_fit_is_told(device):
+    qkv = map_of(1, 4, 5, 2, 16, torch.float32, device)
     with pytest.raises(UsageError, match="96 channels of qkv do not fit 5 heads; there must be 3 \\* 5 \\* d"):
         attention(qkv, 5)
     with pytest.raises(UsageError, match="d from 1 to 128"):
-        attention(map_of(1, 2, 2, 1, 130, torch.float32, "cpu"), 1)
+        attention(map_of(1, 2, 2, 1, 130, torch.float32, device), 1)
     with pytest.raises(UsageError, match=r"bias is \(2, 20, 19\)"):
         attention(qkv, 2, bias=torch.zeros(2, 20, 19))
     with pytest.raises(UsageError, match=r"window \(4,\) is not possible; it is \(rows, columns\)"):

@@ -217,8 +217,8 @@ TILE = (16, 16, 16, 1, 1, 1, 4, 1)
         ({"x": torch.zeros(24, 3, 3)}, r"\(B, C, H, W\)"),
     ],
 )
-def test_what_does_not_fit_is_said(change, message):
-    x, weight, bias = inputs((1, 24, 3, 3, 2), torch.float32, "cpu")
+def test_what_does_not_fit_is_said(change, message, device):
+    x, weight, bias = inputs((1, 24, 3, 3, 2), torch.float32, device)
     with pytest.raises(UsageError, match=message):
         op.grouped_conv(**{"x": x, "weight": weight, "bias": bias, "groups": 2} | change)
 

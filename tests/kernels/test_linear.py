@@ -137,8 +137,8 @@ def test_torch_compile_sees_one_node(device):
     torch.testing.assert_close(compiled(*given), linear(*given, "gelu") * 2)
 
 
-def test_what_does_not_fit_is_told():
-    x, weight, bias, residual = operands((2, 32, 4, 6, 20), torch.float32, "cpu")
+def test_what_does_not_fit_is_told(device):
+    x, weight, bias, residual = operands((2, 32, 4, 6, 20), torch.float32, device)
     with pytest.raises(UsageError, match=r"x is \(32,\) of torch.float32; it must be a floating point map"):
         linear(bias.new_zeros(32), weight)
     with pytest.raises(UsageError, match=r"weight is \(20, 30\) of torch.float32; it must be \(20, 32\)"):

@@ -21,7 +21,7 @@ from visformer.config import IMAGENET_MEAN, IMAGENET_STD
 from visformer.data.preprocessing import for_channels
 from visformer.errors import UsageError
 from visformer.fusion.network import Builder
-from visformer.fusion.tuner import CHOICES, Tuner
+from visformer.fusion.tuner import CAPTURING, CHOICES, Tuner
 from visformer.models import Visformer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,13 +143,14 @@ def record_graph(
     inputs = images.clone(memory_format=torch.preserve_format)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(_PASSES_BEFORE):
-            network(inputs)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **capture):
-        logits = network(inputs)
+    with CAPTURING:
+        with torch.cuda.stream(aside):
+            for _ in range(_PASSES_BEFORE):
+                network(inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, **capture):
+            logits = network(inputs)
     return graph, inputs, logits
 
 

@@ -7,6 +7,7 @@ attention's scale into the weights of q. What is left of a layer norm is the div
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -56,7 +57,8 @@ class Builder:
         if after is not embed.norm:
             return [PatchEmbed(self.tuner, self.like, weight, BiasMap(bias, pos_embed))]
         projection = PatchEmbed(self.tuner, self.like, weight, BiasMap(bias, nn.Identity()))
-        return [projection, *(part.to(self.like) for part in (after, pos_embed) if not isinstance(part, nn.Identity))]
+        rest = [copy.deepcopy(part) for part in (after, pos_embed) if not isinstance(part, nn.Identity)]
+        return [projection, *(part.to(self.like) for part in rest)]
 
     def _residual(self, residual: nn.Module) -> list[nn.Module]:
         assert isinstance(residual, layers.Residual)

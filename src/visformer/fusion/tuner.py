@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -30,6 +31,7 @@ from visformer.machine import available_cores, cache_folder, processor_name
 Run = Callable[..., Any]  # gives a tensor, or in training several
 CHOICES = ("fastest", "library", "kernels")
 
+CAPTURING = threading.RLock()  # held while CUDA graphs are recorded: a process records one at a time
 _ROUNDS = 5
 _HOPELESS = 2.0  # times as slow as the best so far, after a turn
 _TURN_S = 0.02  # that a candidate's turn takes at least, unless a single call takes longer
@@ -130,8 +132,15 @@ def _difference(result: Any, expected: Any) -> float:
 def time_candidates(built: Mapping[str, Run], inputs: tuple[Any, ...], graphs: bool = True) -> dict[str, float]:
     """Seconds a call of each, the median of its turns; what dropped out keeps what it had."""
     device = next(value.device for value in inputs if isinstance(value, Tensor))
-    prepared = {name: _turn(run, inputs, device, graphs) for name, run in built.items()}
-    turns: dict[str, list[float]] = {name: [] for name in built}
+    prepared: dict[str, Callable[[], float]] = {}
+    for name, run in built.items():
+        try:
+            prepared[name] = _turn(run, inputs, device, graphs)
+        except Exception as error:  # it can't be recorded, or no memory is left beside the others' graphs
+            if not prepared:
+                raise
+            console.warn(f"{name} can't be timed here: {_line(error)}", once=True)
+    turns: dict[str, list[float]] = {name: [] for name in prepared}
     for _ in range(_ROUNDS):
         best = min((min(taken) for taken in turns.values() if taken), default=float("inf"))
         for name, taken in turns.items():
@@ -163,7 +172,9 @@ def _cuda_turn(run: Run, inputs: tuple[Any, ...]) -> Callable[[], float]:
     """In a CUDA graph, as it will run later: what starting a kernel costs the processor does not count."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    # The outer context gives the stream back, which torch.cuda.graph does not when recording fails.
+    stream = torch.cuda.stream(torch.cuda.current_stream())
+    with CAPTURING, stream, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(_REPLAYS):
             run(*inputs)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -194,7 +205,8 @@ def device_name(device: torch.device) -> str:
 
 
 def _slug(device: str, dtype: torch.dtype) -> str:
-    versions = f"torch {torch.__version__}, cuda {torch.version.cuda}, {_sources()}"
+    searched = ", cudnn searched" if torch.backends.cudnn.benchmark else ""  # another library, for convolutions
+    versions = f"torch {torch.__version__}, cuda {torch.version.cuda}{searched}, {_sources()}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", f"{device} {str(dtype).removeprefix('torch.')} {versions}").strip("-")
 
 

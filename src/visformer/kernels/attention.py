@@ -233,7 +233,8 @@ def _operator(
     if bias is not None and not _packed(bias):
         bias = pack_bias(bias.contiguous())
     tile = chosen_tile("attention", tile, candidates, 4)
-    launch_attention(channels_last(qkv), bias, out, num_heads, scale, size, _pair(shift, (0, 0)), tile)
+    with torch.cuda.device_of(qkv):
+        launch_attention(channels_last(qkv), bias, out, num_heads, scale, size, _pair(shift, (0, 0)), tile)
     return out
 
 

@@ -241,7 +241,7 @@ def _weight_grad(grad: Tensor, x: Tensor, groups: int, tile: Sequence[int] = ())
     packed = parts.sum(0)  # (groups, inner, columns)
     patch = GroupedTile(0, 0, 0, chosen[3], chosen[4], 1, 0, 0)
     width = channels // groups
-    return _plain(_taps(_unfold(packed, width, patch)).sum((2, 3)), groups, width).to(x.dtype)
+    return _plain(_taps(_unfold(packed, width, patch)).sum((2, 3)), groups, width).to(x.dtype).contiguous()
 
 
 @_weight_grad.register_fake

@@ -229,7 +229,8 @@ def _operator(
     out = new_map(x, out_channels)
     residual = None if residual is None else channels_last(residual)
     tile = chosen_tile("linear", tile, candidates, 5)
-    launch_linear(channels_last(x), weight.contiguous(), bias, residual, out, activation, tile)
+    with torch.cuda.device_of(x):
+        launch_linear(channels_last(x), weight.contiguous(), bias, residual, out, activation, tile)
     return out
 
 

@@ -139,7 +139,8 @@ def _operator(
     out = new_map(x, out_channels)
     residual = None if residual is None else channels_last(residual)
     tile = chosen_tile("linear_fp8", tile, candidates, 5)
-    launch_linear_fp8(channels_last(x), weight.contiguous(), weight_scale, bias, residual, out, activation, tile)
+    with torch.cuda.device_of(x):
+        launch_linear_fp8(channels_last(x), weight.contiguous(), weight_scale, bias, residual, out, activation, tile)
     return out
 
 

@@ -162,9 +162,9 @@ def _operator(
     out = new_map(x, channels)
     residual = None if residual is None else channels_last(residual)
     tile = chosen_tile("mlp", tile, candidates, 5)
-    launch_mlp(
-        channels_last(x), weight1.contiguous(), bias1, weight2.contiguous(), bias2, residual, out, activation, tile
-    )
+    x, weight1, weight2 = channels_last(x), weight1.contiguous(), weight2.contiguous()
+    with torch.cuda.device_of(x):
+        launch_mlp(x, weight1, bias1, weight2, bias2, residual, out, activation, tile)
     return out
 
 

@@ -83,13 +83,14 @@ def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Sequence[int
     tile = chosen_tile("pool_head", tile, candidates, 4)
     x, weight = channels_last(x), weight.contiguous()
     out = x.new_empty(batch, classes)
-    if tile[2]:
-        launch_pool_head(x, weight, bias, out, tile)
-        return out
-    pooled = x.new_empty(batch, channels)
-    launch_pool(x, pooled, tile)
-    product = linear.tiles(batch, channels, classes, x.dtype)[0]
-    launch_linear(pooled[..., None, None], weight, bias, None, out[..., None, None], "none", product)
+    with torch.cuda.device_of(x):
+        if tile[2]:
+            launch_pool_head(x, weight, bias, out, tile)
+            return out
+        pooled = x.new_empty(batch, channels)
+        launch_pool(x, pooled, tile)
+        product = linear.tiles(batch, channels, classes, x.dtype)[0]
+        launch_linear(pooled[..., None, None], weight, bias, None, out[..., None, None], "none", product)
     return out
 
 
