@@ -48,7 +48,7 @@ def load(source: Source, settings: Settings) -> Loaded:
     """
     loaded = _load_bundle(source, settings) if source.bundle else _load_checkpoint(source, settings)
     shape = (1, loaded.preprocessing.in_channels, *loaded.preprocessing.image_size)
-    loaded.run(np.zeros(shape, dtype=np.float32))
+    loaded.run(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
     threading.Thread(target=loaded.warm, name="visformer-warm").start()  # the process ends after it: no daemon
     return loaded
 
