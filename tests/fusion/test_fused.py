@@ -1,5 +1,6 @@
 """A fused network gives the logits of the model it was made from."""
 
+import dataclasses
 import json
 
 import pytest
@@ -122,7 +123,7 @@ def test_the_model_stays_as_it_is():
     ("options", "message"),
     [
         ({"dtype": torch.float64}, "dtype: torch.float64 is not possible"),
-        ({"choose": "best"}, "choose: 'best' is not one of fastest, library, kernels"),
+        ({"choose": "best"}, "choose: 'best' is not one of fastest, remembered, library, kernels"),
     ],
 )
 def test_what_can_not_be_is_refused(options, message):
@@ -143,3 +144,31 @@ def test_wrong_inputs_are_refused():
         fused.classify(torch.zeros(1, 3, 32, 48))
     with pytest.raises(UsageError, match="top_k: 8 is out of range; the model has 7 classes"):
         fused.classify(torch.zeros(1, 32, 48, 3, dtype=torch.uint8), top_k=8)
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_eight_bits_are_emulated_on_a_cpu(name):
+    model = build(name)
+    x = images(model)
+    exact = logits_of(model, x)
+    eight = visformer.fuse(model, choose="library", fp8=True)(x)
+    assert 1e-4 < off_by(eight, exact) < 0.2
+
+
+def test_a_gpu_without_eight_bit_products_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(UsageError, match="fp8: NVIDIA A100 does not multiply eight-bit"):
+        visformer.fuse(build(SMALL), device="cuda", fp8=True)
+
+
+def test_a_norm_behind_an_embedding_stays_as_it_is():
+    """Of the caller's model, while the fused network has it in its own precision."""
+    shape = dataclasses.replace(MINIATURES["layer norm, no stem"], embed_norm=True)
+    model = visformer.Visformer(shape).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    visformer.fuse(model, dtype=torch.bfloat16, choose="library")
+    after = model.state_dict()
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )

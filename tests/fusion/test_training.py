@@ -123,8 +123,8 @@ def test_the_fastest_is_measured_once_and_named_for_every_mlp(cache, monkeypatch
 def test_a_way_with_a_wrong_gradient_is_left_out(capsys, monkeypatch):
     right = training._build
 
-    def wrong(name, groups, gelu):
-        way = right(name, groups, gelu)
+    def wrong(name, conv, gelu):
+        way = right(name, conv, gelu)
         return (
             way if name == "library" else lambda x, weight: way(x, weight.detach() + 1.1 * (weight - weight.detach()))
         )

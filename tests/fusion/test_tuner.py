@@ -1,10 +1,13 @@
 """The tuner takes the fastest candidate that is right."""
 
+import json
 import time
 
 import pytest
 import torch
 
+from visformer.errors import RunError
+from visformer.fusion import tuner as module
 from visformer.fusion.tuner import Tuner
 
 
@@ -61,6 +64,30 @@ def test_a_result_that_is_no_number_is_not_right(tuner):
     assert library(torch.ones(1)).item() == 2
 
 
+def test_by_a_result_of_the_library_that_is_no_number_nothing_is_chosen(tuner, tmp_path):
+    """Numbers too large for half precision, say: it is the caller's to see them, and the next input may be another."""
+    candidates = {"library": lambda: sleeping(0.001, factor=float("inf")), "kernel": lambda: sleeping(0)}
+    assert tuner.choose("double", candidates, (torch.ones(3),))(torch.ones(1)).isinf().all()
+    assert not list(tmp_path.iterdir())
+    candidates["library"] = lambda: sleeping(0.001)
+    assert tuner.choose("double", candidates, (torch.ones(3),))(torch.ones(1)).item() == 2
+
+
+@pytest.mark.parametrize("choice", ["fastest", "kernels"])
+def test_what_lost_the_device_is_not_tried_again(choice, tuner, tmp_path, monkeypatch):
+    candidates = {"library": lambda: sleeping(0.001), "kernel bad": lambda: failing, "kernel good": lambda: sleeping(0)}
+    monkeypatch.setattr(module, "is_lost", lambda device: True)
+    with pytest.raises(RunError, match=r"kernel bad ended the use of the device .* out of shared memory.*start again"):
+        tuner.choose("double", candidates, (torch.ones(3),))
+    (file,) = (tmp_path / "tuning").iterdir()
+    assert json.loads(file.read_text()) == {"double": {"refused": ["kernel bad"]}}
+    again = Tuner(choice, torch.device("cpu"), torch.float32)  # of the next process
+    assert again.choose("double", candidates, (torch.ones(3),)) is not failing
+    if choice == "fastest":
+        entry = json.loads(file.read_text())["double"]
+        assert entry["choice"] == "kernel good" and entry["refused"] == ["kernel bad"]
+
+
 def test_the_librarys_error_is_the_callers(tuner):
     with pytest.raises(RuntimeError, match="shared memory"):
         tuner.choose("double", {"library": lambda: failing, "other": lambda: failing}, (torch.ones(3),))
@@ -76,3 +103,15 @@ def test_without_measuring(choice, chosen, tmp_path, monkeypatch):
     tuner = Tuner(choice, torch.device("cpu"), torch.float32)
     assert tuner.choose("double", candidates, (torch.ones(3),)) is runs[chosen]
     assert not list(tmp_path.iterdir())
+
+
+def test_eight_bits_may_be_further_off(tuner, capsys):
+    candidates = {
+        "library": lambda: sleeping(0.02),
+        "kernel fp8 16": lambda: sleeping(0.005, factor=2.1),
+        "kernel 16": lambda: sleeping(0, factor=2.1),
+        "kernel fp8 32": lambda: sleeping(0, factor=2.3),
+    }
+    assert tuner.choose("double", candidates, (torch.ones(3),))(torch.ones(1)).item() == pytest.approx(2.1)
+    said = capsys.readouterr().err
+    assert "kernel 16 is left out" in said and "kernel fp8 32 is left out" in said

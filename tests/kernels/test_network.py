@@ -5,6 +5,8 @@ import torch
 
 import visformer
 from tests.fusion.models import MINIATURES, build, images, off_by
+from visformer.fusion.products import Linear, Mlp
+from visformer.kernels import linear_fp8_triton
 
 
 @pytest.mark.parametrize("name", MINIATURES)
@@ -25,3 +27,21 @@ def test_from_bytes(device):
     )
     expected = library(pixels.permute(0, 3, 1, 2).to(device))
     assert off_by(kernels(pixels.permute(0, 3, 1, 2).to(device)).cpu(), expected.cpu()) < 1e-5
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_products_in_eight_bits(name, device, monkeypatch):
+    """Every product of the blocks is; the logits are those that a CPU emulates, as far as Triton's interpreter goes,
+    which loses a number that rounding takes to the next power of two."""
+    model = build(name)
+    x = images(model)
+    launched, launch = [], linear_fp8_triton.launch_linear_fp8
+    monkeypatch.setattr(linear_fp8_triton, "launch_linear_fp8", lambda *given: [launched.append(given), launch(*given)])
+    kernels = visformer.fuse(model, device=device, choose="kernels", cuda_graphs=False, fp8=True)
+    logits = kernels(x).cpu()
+    products = [module for module in kernels.modules() if isinstance(module, Linear)]
+    whole = [module for module in kernels.modules() if isinstance(module, Mlp) and module.first.bias is not None]
+    assert len(launched) >= len(products) - 2 * len(whole) > 0
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    emulated = visformer.fuse(model, device="cpu", choose="library", fp8=True)(x)
+    assert off_by(logits, emulated) < (0.1 if device == "cuda" else 0.4)

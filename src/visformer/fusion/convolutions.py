@@ -68,7 +68,7 @@ class Stem(Operation):
         first = library_of_bytes if x.dtype == torch.uint8 else library
         found: Candidates = {"library": lambda: first}
         if x.device.type == "cuda":
-            found["compiled"] = compiled(first)
+            found["compiled"] = compiled(first, self.signature(x))
         return found | self._kernels(x)
 
     def _kernels(self, x: Tensor) -> Candidates:
@@ -131,7 +131,7 @@ class PatchEmbed(Operation):
 
         found: Candidates = {"library": lambda: library, "convolution": lambda: convolution}
         if x.device.type == "cuda":
-            found["compiled"] = compiled(library)
+            found["compiled"] = compiled(library, self.signature(x))
         if not runs_triton(x):
             return found
         embed, shape = kernels.patch_embed, (*x.shape, weight.shape[0], size)
@@ -170,7 +170,7 @@ class Convolution(Operation):
         found: Candidates = {"library": lambda: library}
         found |= {f"{n} groups as one": lambda n=n: self._merged(n) for n in (2, 4) if groups % n == 0 and groups > n}
         if x.device.type == "cuda":
-            found["compiled"] = compiled(library)
+            found["compiled"] = compiled(library, self.signature(x))
         return found | self._kernels(x)
 
     def _merged(self, count: int) -> Any:

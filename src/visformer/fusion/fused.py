@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from visformer.config import IMAGENET_MEAN, IMAGENET_STD
 from visformer.data.preprocessing import for_channels
+from visformer.distributed import HALF, autocast
 from visformer.errors import UsageError
 from visformer.fusion.network import Builder
 from visformer.fusion.tuner import CAPTURING, CHOICES, Tuner
@@ -26,6 +27,7 @@ from visformer.models import Visformer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARM_SHAPES = 8  # shapes of input that keep a CUDA graph
+_FP8_CAPABILITY = (8, 9)
 _PASSES_BEFORE = 3  # a graph is recorded
 
 
@@ -36,6 +38,7 @@ def fuse(
     device: torch.device | str | None = None,
     choose: str = "fastest",
     cuda_graphs: bool = True,
+    fp8: bool = False,
 ) -> Fused:
     """An inference module with the logits of `model` in evaluation mode, which stays as it is.
 
@@ -44,8 +47,12 @@ def fuse(
         dtype: float32, bfloat16 or float16, of the computation; None: the model's.
         device: None: the model's.
         choose: `fastest` measures the ways to compute each operation when a shape is first seen, and remembers on disk;
-            `library` takes PyTorch's, `kernels` ours wherever there is one, both without measuring.
+            `remembered` takes what was measured before, by any process on this machine, and PyTorch's for the rest;
+            `library` takes PyTorch's, `kernels` ours wherever there is one, all three without measuring.
         cuda_graphs: on CUDA, record the network for each shape of input and replay it.
+        fp8: also try the blocks' products with their factors rounded to eight bits (e4m3), where the GPU multiplies
+            such (compute capability 8.9); `kernels` takes that for all that stand alone. It is less exact:
+            docs/kernels.md has what it costs. On a CPU it is emulated, slowly, to show what it costs a model of yours.
 
     Logits are within 1e-5 (float32) and about 3e-2 (bfloat16, as the model's own) of float64's, in units of the
     largest. Raises `UsageError`.
@@ -58,21 +65,44 @@ def fuse(
         raise UsageError(f"choose: {choose!r} is not one of {', '.join(CHOICES)}")
     if not isinstance(model, Visformer):
         raise UsageError(f"model: a Visformer can be fused, not a {type(model).__name__}")
-    return Fused(model, torch.empty(0, dtype=dtype, device=device), choose, cuda_graphs)
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise UsageError(
+            f"fp8: {torch.cuda.get_device_name(device)} does not multiply eight-bit floating-point numbers"
+        )
+    return Fused(model, torch.empty(0, dtype=dtype, device=device), choose, cuda_graphs, fp8)
+
+
+def for_inference(
+    model: nn.Module, device: torch.device, amp_level: str = "O0", amp_dtype: str = "bf16"
+) -> Callable[[Tensor], Tensor]:
+    """What computes the logits of `model` on `device` for verbs that only infer: on a CPU and on CUDA a Visformer is
+    fused, in the ways that are remembered or else PyTorch's; any other is moved there and runs under autocast.
+
+    `amp_level` O0 computes in fp32, O1 to O3 in `amp_dtype` (bf16 or fp16).
+    """
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    if isinstance(model, Visformer) and device.type in ("cpu", "cuda"):
+        return fuse(model, dtype=torch.float32 if amp_level == "O0" else HALF[amp_dtype], choose="remembered")
+
+    def under_autocast(images: Tensor) -> Tensor:
+        with autocast(device, amp_level, amp_dtype):
+            return model(images)
+
+    return under_autocast
 
 
 class Fused(nn.Module):
     """What `fuse` returns. Bound to its dtype and device: to change them, fuse again."""
 
-    def __init__(self, model: Visformer, like: Tensor, choose: str, cuda_graphs: bool):
+    def __init__(self, model: Visformer, like: Tensor, choose: str, cuda_graphs: bool, fp8: bool):
         super().__init__()
         self.dtype, self.device = like.dtype, like.device
         self.in_channels, self.num_classes = model.config.in_channels, model.config.num_classes
         mean, std = _normalisation(model)
-        tuner = Tuner(choose, like.device, like.dtype)
+        self._tuner = Tuner(choose, like.device, like.dtype)
         with torch.no_grad():
-            self.steps = nn.Sequential(*Builder(model, tuner, like, mean, std).steps())
-        self.requires_grad_(False)
+            self.steps = nn.Sequential(*Builder(model, self._tuner, like, mean, std, fp8).steps())
+        self.requires_grad_(False).eval()
         self._graphs = CudaGraphs(self.steps) if cuda_graphs and like.device.type == "cuda" else None
 
     @torch.inference_mode()
@@ -85,6 +115,23 @@ class Fused(nn.Module):
         images = self._checked(images)
         logits = self.steps(images) if self._graphs is None else self._graphs(images)
         return logits.float()
+
+    @property
+    def is_measured(self) -> bool:
+        """False when `choose` is `remembered` and something was not, so that PyTorch's way was taken for it."""
+        return self._tuner.is_measured
+
+    @torch.inference_mode()
+    def prepare(self, images: Tensor) -> None:
+        """Choose, build and record for images of this shape, so that their first pass takes no longer than another.
+
+        Other threads may compute other shapes meanwhile.
+        """
+        images = self._checked(images)
+        if self._graphs is None:
+            self.steps(images)
+        else:
+            self._graphs.prepare(images)
 
     @torch.inference_mode()
     def classify(self, pixels: Tensor, top_k: int = 5) -> tuple[Tensor, Tensor]:
@@ -117,22 +164,26 @@ class CudaGraphs:
 
     def __call__(self, images: Tensor) -> Tensor:
         """As the network itself; the logits are a copy."""
-        key = (images.shape, images.dtype)
-        if key not in self.recorded:
-            self._record(key, images)
+        key = self.prepare(images)
         self.recorded.move_to_end(key)
         graph, inputs, logits = self.recorded[key]
         inputs.copy_(images)
         graph.replay()
         return logits.clone()
 
-    def _record(self, key: tuple, images: Tensor) -> None:
+    def prepare(self, images: Tensor) -> tuple:
+        """Record the network for such images, unless it is; returns what it is kept by."""
+        key = (images.shape, images.dtype)
+        if key in self.recorded:
+            return key
         channels_last = images.contiguous(memory_format=torch.channels_last)
+        self.steps(channels_last)  # what is measured for the first time takes long, and must not hold up other graphs
         # Other threads may use the device meanwhile: only what this one does must be recordable.
         made = record_graph(self.steps, channels_last, pool=self.pool, capture_error_mode="thread_local")
         self.recorded[key] = made
         if len(self.recorded) > WARM_SHAPES:
             self.recorded.popitem(last=False)
+        return key
 
 
 def record_graph(

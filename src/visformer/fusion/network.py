@@ -25,10 +25,19 @@ from visformer.models.visformer import Stage
 
 
 class Builder:
-    """Builds operations from a model's modules; `like` has the dtype and the device of the fused network."""
+    """Builds operations from a model's modules; `like` has the dtype and the device of the fused network, and `fp8`
+    gives the products of its blocks eight bits."""
 
-    def __init__(self, model: Visformer, tuner: Tuner, like: Tensor, mean: Sequence[float], std: Sequence[float]):
-        self.model, self.tuner, self.like = model, tuner, like
+    def __init__(
+        self,
+        model: Visformer,
+        tuner: Tuner,
+        like: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        fp8: bool = False,
+    ):
+        self.model, self.tuner, self.like, self.fp8 = model, tuner, like, fp8
         self.normalisation = (mean, std)
         self.gelu = {"erf": "gelu", "tanh": "gelu_tanh"}[model.config.gelu]
 
@@ -87,7 +96,7 @@ class Builder:
         return self._linear(weight, bias), make, self._linear(attention.proj.weight.detach(), None)
 
     def _linear(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Linear:
-        return Linear(self.tuner, self.like, weight, bias, activation)
+        return Linear(self.tuner, self.like, weight, bias, activation, self.fp8)
 
     def _head(self) -> list[nn.Module]:
         model, rest = self.model, remainder(self.model.norm)

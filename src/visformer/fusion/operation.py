@@ -7,11 +7,10 @@ one: packs its weights, compiles it. Later calls look it up.
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from visformer.fusion.tuner import Run, Tuner
 
 Candidates = dict[str, Callable[[], Run]]
-_COMPILED = itertools.count()  # functions so far
+_CODES: dict[tuple[CodeType, str], CodeType] = {}  # of what is compiled
 
 
 class Cost(NamedTuple):
@@ -69,16 +68,19 @@ class Operation(nn.Module, ABC):
         self.register_buffer(name, None if values is None else values.to(like).contiguous(), persistent=True)
 
 
-def compiled(function: Run) -> Callable[[], Run]:
+def compiled(function: Run, signature: str) -> Callable[[], Run]:
     """A candidate: `function` through torch.compile, for fixed shapes.
 
-    torch.compile counts what it compiled by the code of a function, and refuses after eight: layers of one kind share
-    their code, so each gets a copy.
+    torch.compile keeps what it compiled by the code of a function, and refuses after eight: layers of one kind share
+    their code. So there is a copy for each `signature`, which says what the function is compiled for; layers of the
+    same signature then share what was compiled for the first. Whatever differs between them, the function must hold as
+    tensors.
     """
 
     def build() -> Run:
         assert isinstance(function, FunctionType)
-        code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COMPILED)}")
+        plain = function.__code__
+        code = _CODES.setdefault((plain, signature), plain.replace(co_name=f"{plain.co_name}_{len(_CODES)}"))
         own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
         return torch.compile(own, dynamic=False, fullgraph=True)
 

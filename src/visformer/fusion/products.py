@@ -24,27 +24,36 @@ from visformer.fusion.operation import (
     rows,
     text,
 )
-from visformer.fusion.tuner import Run, Tuner
+from visformer.fusion.tuner import FP8, Run, Tuner
 from visformer.kernels.launch import runs_triton
 from visformer.models.attention import Windows
 
 
 class Linear(Operation):
-    """activation(W x + b) + residual at every position."""
+    """activation(W x + b) + residual at every position; with `fp8` also, or where the device can't and computes it in
+    fp32 alone, with x and W rounded to eight bits (see `kernels.linear_fp8`)."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, tuner: Tuner, like: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none"):
+    def __init__(
+        self,
+        tuner: Tuner,
+        like: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str = "none",
+        fp8: bool = False,
+    ):
         super().__init__(tuner)
         self.keep("weight", weight.flatten(1), like)
         self.keep("bias", bias, like)
-        self.activation = activation
+        self.activation, self.fp8 = activation, fp8
 
     def signature(self, x: Tensor, residual: Tensor | None = None) -> str:
         """See `Operation`."""
         what = ("bias",) * (self.bias is not None) + ("residual",) * (residual is not None) + (self.activation,)
-        return f"linear {described(x.shape, self.weight.shape)} {' '.join(what)}"
+        return f"linear {described(x.shape, self.weight.shape)} {' '.join(what + ('fp8',) * self.fp8)}"
 
     def cost(self, x: Tensor, residual: Tensor | None = None) -> Cost:
         """See `Operation`."""
@@ -52,8 +61,10 @@ class Linear(Operation):
         return cost_of(2 * math.prod(result) * x.shape[1], result, x, residual, self.bias, self.weight)
 
     def candidates(self, x: Tensor, residual: Tensor | None = None) -> Candidates:
-        """The library's product, with what it can take along; as a convolution; compiled; our kernel."""
+        """The library's product, with what it can take along; as a convolution; compiled; our kernels."""
         weight, bias, activation = self.weight, self.bias, self.activation
+        if self.fp8 and not runs_triton(x):
+            return self._eight_bits(x)
 
         def library(x: Tensor, residual: Tensor | None = None) -> Tensor:
             result = activate(F.linear(rows(x), weight, bias), activation)
@@ -69,7 +80,7 @@ class Linear(Operation):
         if x.device.type == "cuda":
             if activation == "gelu_tanh" and residual is None and bias is not None:
                 found["epilogue"] = lambda: self._epilogue
-            found["compiled"] = compiled(library)
+            found["compiled"] = compiled(library, self.signature(x, residual))
         return found | self._kernels(x)
 
     def _epilogue(self, x: Tensor, residual: None = None) -> Tensor:
@@ -80,12 +91,26 @@ class Linear(Operation):
         linear = kernels.linear
         out_channels, in_channels = self.weight.shape
         tiles = linear.tiles(x.numel() // in_channels, in_channels, out_channels, x.dtype) if runs_triton(x) else []
-        return {
+        return (self._eight_bits(x) if self.fp8 else {}) | {
             f"kernel {text(tile)}": lambda tile=tile: (
                 lambda x, residual=None: linear.linear(x, self.weight, self.bias, residual, self.activation, tile)
             )
             for tile in tiles
         }
+
+    def _eight_bits(self, x: Tensor) -> Candidates:
+        """Our kernel in eight bits, which elsewhere than on a GPU is emulated."""
+        linear_fp8 = kernels.linear_fp8
+        out_channels, in_channels = self.weight.shape
+        tiles = linear_fp8.tiles(x.numel() // in_channels, in_channels, out_channels, x.dtype) if runs_triton(x) else []
+
+        def build(tile: tuple[int, ...]) -> Run:
+            weight, scale = linear_fp8.quantize_weight(self.weight)
+            return lambda x, residual=None: linear_fp8.linear_fp8(
+                x, weight, scale, self.bias, residual, self.activation, tile
+            )
+
+        return {f"{FP8} {text(tile)}": lambda tile=tile: build(tile) for tile in tiles or [()]}
 
 
 class Mlp(Operation):
@@ -154,7 +179,7 @@ class Attention(Operation):
         if self.windows is None:
             found["products"] = lambda: self._products
         if qkv.device.type == "cuda":
-            found["compiled"] = compiled(library)
+            found["compiled"] = compiled(library, self.signature(qkv))
         return found | self._kernels(qkv)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -227,7 +252,7 @@ class PoolHead(Operation):
 
         found: Candidates = {"library": lambda: library}
         if x.device.type == "cuda":
-            found["compiled"] = compiled(library)
+            found["compiled"] = compiled(library, self.signature(x))
         shape = (*x.shape[:2], x.shape[2] * x.shape[3], weight.shape[0])
         return found | {
             f"kernel {text(tile)}": lambda tile=tile: lambda x: pool_head.pool_head(x, weight, bias, tile)

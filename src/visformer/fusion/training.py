@@ -77,7 +77,7 @@ def accelerate(model: Visformer, ways: Mapping[str, str] | None = None) -> None:
         if not _is_possible(wanted, conv.weight, conv.groups):
             console.warn(f"speed: {wanted!r} is not possible here; the library computes the convolutions", once=True)
             continue
-        mlp.register_module("conv2", GroupedConvolution(conv.weight, conv.groups, _build(wanted, conv.groups, gelu)))
+        mlp.register_module("conv2", GroupedConvolution(conv.weight, conv.groups, _build(wanted, conv, gelu)))
         mlp.register_module("act2", nn.Identity())
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -127,8 +127,7 @@ def _choose(tuner: Tuner, conv: nn.Conv2d, gelu: str, shape: tuple[int, ...], dt
         for _ in range(2)
     )
     trials = {
-        name: lambda name=name: Trial(name, _build(name, conv.groups, gelu), dtype)
-        for name in _names(weight, conv.groups, x)
+        name: lambda name=name: Trial(name, _build(name, conv, gelu), dtype) for name in _names(weight, conv.groups, x)
     }
     signature = f"training {described(x.shape, weight.shape)} {conv.groups} groups gelu {gelu}"
     inputs = (x.requires_grad_(), weight.detach().clone().requires_grad_(), gradient)
@@ -168,8 +167,9 @@ def _is_possible(name: str, weight: Tensor, groups: int) -> bool:
     return found[2] is None or (int(found[2]) > 0 and groups % int(found[2]) == 0)
 
 
-def _build(name: str, groups: int, gelu: str) -> Way:
-    """The way of this name; its numbers are the groups that become one, or the kernel's tile."""
+def _build(name: str, conv: nn.Conv2d, gelu: str) -> Way:
+    """The way of this name for such a convolution; its numbers are the groups that become one, or the kernel's tile."""
+    groups = conv.groups
     kind, _, numbers = name.partition(" ")
     given = tuple(int(number) for number in numbers.split(",") if number)
 
@@ -189,5 +189,5 @@ def _build(name: str, groups: int, gelu: str) -> Way:
         return kernels.grouped_conv.grouped_conv(x, weight, None, groups, activation, given)
 
     if kind == "compiled":
-        return compiled(library)()
+        return compiled(library, f"training {described(conv.weight.shape)} {groups} groups gelu {gelu}")()
     return {LIBRARY: library, "contiguous": contiguous, "merged": merged, "kernel": kernel}[kind]

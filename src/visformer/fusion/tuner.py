@@ -3,7 +3,8 @@
 A candidate is tried on the very tensors that it is for. One that raises, or whose result is not that of the first (the
 library's, which is the measure), is left out with a warning. The others take turns; one that is far behind after a
 turn drops out. What won is kept in $VISFORMER_CACHE/tuning (see `machine.cache_folder`), in one file for each device,
-precision and set of versions, by operation and shape.
+precision and set of versions, by operation and shape; and with it what is never to be tried again, since the device
+was lost to the process by it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from visformer.errors import RunError
 from visformer.machine import available_cores, cache_folder, processor_name
 
 Run = Callable[..., Any]  # gives a tensor, or in training several
-CHOICES = ("fastest", "library", "kernels")
+CHOICES = ("fastest", "remembered", "library", "kernels")
 
 CAPTURING = threading.RLock()  # held while CUDA graphs are recorded: a process records one at a time
 _ROUNDS = 5
@@ -38,11 +39,18 @@ _TURN_S = 0.02  # that a candidate's turn takes at least, unless a single call t
 _REPLAYS = 20  # calls of a candidate in one CUDA graph
 # How far a candidate's result may be from the library's, in units of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+FP8 = "kernel fp8"  # how the names of candidates in eight bits begin
+_FP8_TOLERANCE = 0.1  # of a result with three bits of mantissa in each factor
 _TF32_TOLERANCE = 1e-2  # the library's convolutions of fp32 on CUDA, unless that is switched off
 
 
+class DeviceLostError(RunError):
+    """A candidate ended this process's use of the device; it is remembered, and a new process can go on."""
+
+
 class Tuner:
-    """Chooses among candidates by `choice`: the fastest, the library's, or the first kernel of ours that there is.
+    """Chooses among candidates by `choice`: the fastest; the one remembered as such, else the library's, without ever
+    measuring; the library's; or the first kernel of ours that there is.
 
     With `graphs` a candidate is timed on CUDA as part of a graph; without, as PyTorch starts it.
     """
@@ -50,6 +58,7 @@ class Tuner:
     def __init__(self, choice: str, device: torch.device, dtype: torch.dtype, *, graphs: bool = True):
         self.choice = choice
         self.graphs = graphs
+        self.is_measured = True  # whether no choice was taken for want of a measurement
         in_tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
         self.tolerance = _TF32_TOLERANCE if in_tf32 else _TOLERANCES[dtype]
         self._path = cache_folder() / "tuning" / f"{_slug(device_name(device), dtype)}.json"
@@ -60,16 +69,22 @@ class Tuner:
 
         `signature` names the operation and its shapes, and is what the choice is remembered by.
         """
+        candidates = self._allowed(signature, candidates)
         names = list(candidates)
         ours = [name for name in names if name.startswith("kernel")]
         if self.choice == "kernels" and ours:
             return candidates[ours[0]]()
-        if self.choice != "fastest" or len(names) == 1:
+        if self.choice not in ("fastest", "remembered") or len(names) == 1:
             return candidates[names[0]]()
-        known = self._remembered().get(signature, {}).get("choice")
+        known = self._choice(signature)
         if known in candidates:
             return candidates[known]()
+        if self.choice == "remembered":
+            self.is_measured = False
+            return candidates[names[0]]()
         built, seconds = self._measure(signature, candidates, inputs)
+        if not seconds:
+            return built[names[0]]
         fastest = min(seconds, key=seconds.__getitem__)
         self._remember(signature, fastest, seconds)
         return built[fastest]
@@ -77,19 +92,29 @@ class Tuner:
     def _measure(
         self, signature: str, candidates: Mapping[str, Callable[[], Run]], inputs: tuple[Any, ...]
     ) -> tuple[dict[str, Run], dict[str, float]]:
+        """Those that are right, and the seconds of each; none where the library's own result is not finite, by which
+        nothing can be told."""
         expected, built = None, {}
         for name, build in candidates.items():
             try:
                 run = build()
                 result = run(*inputs)
+                expected = result if expected is None else expected
+                difference = _difference(result, expected)
             except Exception as error:  # a kernel that does not fit the device, a compiler that is not there
+                if is_lost(_device(inputs)):
+                    self.refuse(signature, name)
+                    raise DeviceLostError(
+                        f"{signature}: {name} ended the use of the device by this process ({_line(error)}); start "
+                        "again: it will not be tried any more"
+                    ) from error
                 if expected is None:
                     raise
                 console.warn(f"{signature}: {name} can't be used here: {_line(error)}", once=True)
                 continue
-            expected = result if expected is None else expected
-            difference = _difference(result, expected)
-            if not difference <= self.tolerance:
+            if result is expected and difference != 0:
+                return {name: run}, {}
+            if not difference <= (_FP8_TOLERANCE if name.startswith(FP8) else self.tolerance):
                 console.warn(f"{signature}: {name} is left out: it is off by {difference:.1e} of the largest value")
                 continue
             built[name] = run
@@ -99,13 +124,33 @@ class Tuner:
 
     # ---- what is remembered
 
+    def refuse(self, signature: str, name: str) -> None:
+        """Never try the candidate `name` again; the first of a signature, which is the library's, stays possible."""
+        entry = _read(self._path).get(signature, {})
+        self._write(signature, entry | {"refused": sorted({name, *entry.get("refused", ())})})
+
+    def _allowed(self, signature: str, candidates: Mapping[str, Callable[[], Run]]) -> dict[str, Callable[[], Run]]:
+        """`candidates` without those that were refused."""
+        refused = self._remembered().get(signature, {}).get("refused", ()) if self.choice != "library" else ()
+        library, *others = candidates
+        return {name: candidates[name] for name in (library, *(name for name in others if name not in refused))}
+
+    def _choice(self, signature: str) -> str | None:
+        """What was found to be the fastest, by this process or, it may be just now, by another."""
+        if signature not in self._remembered():
+            self._known = _read(self._path)
+        return self._remembered().get(signature, {}).get("choice")
+
     def _remembered(self) -> dict[str, Any]:
         if self._known is None:
             self._known = _read(self._path)
         return self._known
 
     def _remember(self, signature: str, fastest: str, seconds: dict[str, float]) -> None:
-        entry = {"choice": fastest, "microseconds": {name: round(s * 1e6, 2) for name, s in seconds.items()}}
+        found = {"choice": fastest, "microseconds": {name: round(s * 1e6, 2) for name, s in seconds.items()}}
+        self._write(signature, self._remembered().get(signature, {}) | found)
+
+    def _write(self, signature: str, entry: dict[str, Any]) -> None:
         self._known = _read(self._path) | {signature: entry}  # another process may have written meanwhile
         try:
             atomic_text(self._path, json.dumps(self._known, indent=1, sort_keys=True))
@@ -129,9 +174,25 @@ def _difference(result: Any, expected: Any) -> float:
     return float(torch.stack(apart).max())
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether a CUDA device can't be used by this process any more, as after a kernel's access to memory that is not
+    its own."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _device(inputs: tuple[Any, ...]) -> torch.device:
+    return next(value.device for value in inputs if isinstance(value, Tensor))
+
+
 def time_candidates(built: Mapping[str, Run], inputs: tuple[Any, ...], graphs: bool = True) -> dict[str, float]:
     """Seconds a call of each, the median of its turns; what dropped out keeps what it had."""
-    device = next(value.device for value in inputs if isinstance(value, Tensor))
+    device = _device(inputs)
     prepared: dict[str, Callable[[], float]] = {}
     for name, run in built.items():
         try:
