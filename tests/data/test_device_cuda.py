@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.data.test_device_feed import Files, config, encoded, epoch_of, photographs, pixels_of
-from visformer.data import device_ops, make_train_loader
+from visformer.data import device_decode, device_ops, make_train_loader
 from visformer.data.device_policies import move
 from visformer.data.device_resize import resize_crops
 from visformer.data.preprocessing import PIL_RESAMPLING
@@ -33,11 +33,19 @@ def on_cuda(source, number: int = 0, busy: bool = False, **options):
 
 
 @pytest.mark.parametrize("policy", [None, "randaug-m9-n2-mstd0.5-inc1", "augmix-m5-w3"])
-def test_samples_are_those_of_the_workers(photos, policy):
+def test_samples_are_those_of_the_workers(photos, policy, monkeypatch):
+    decoded, nvjpeg = [], device_decode._nvjpeg
+
+    def counting(encoded, *others):
+        decoded.extend(encoded)
+        return nvjpeg(encoded, *others)
+
+    monkeypatch.setattr(device_decode, "_nvjpeg", counting)
     options = {"auto_augment": policy, "interpolation": "bicubic"}
     theirs = pixels_of(epoch_of(photos, decode="workers", **options))
     difference = np.abs(on_cuda(photos, **options).numpy().astype(int) - theirs).mean((1, 2, 3))
     assert np.median(difference) < 3 and (difference < 12).mean() > 0.95
+    assert len(decoded) > 32, "nvJPEG was hardly asked"
 
 
 def test_nothing_is_overwritten(photos):

@@ -15,10 +15,10 @@ from sklearn.datasets import load_sample_images
 
 from visformer.config import TrainConfig
 from visformer.data import ArraySource, FolderSource, ImageError, make_train_loader
-from visformer.data.decode import Encoded
 from visformer.data.device_decode import Lane
 from visformer.data.device_feed import DeviceFeed
 from visformer.data.device_jobs import ByteJob
+from visformer.data.encoded import Encoded
 from visformer.data.sampler import Item
 from visformer.errors import RunError, UsageError
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from visformer.data import MAX_PIXELS, ImageError, image_ops, open_image
-from visformer.data.decode import Encoded, read_file
+from visformer.data.decode import read_file
+from visformer.data.encoded import Encoded
 
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 

@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 
 from visformer.config import TrainConfig
 from visformer.data import mix_seed, train_transform
-from visformer.data.decode import Encoded
+from visformer.data.encoded import Encoded
 from visformer.data.transforms import ColorJitter
 
 

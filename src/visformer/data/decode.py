@@ -7,26 +7,26 @@ read raises `ImageError` with a reason of one line, so that a loader can skip th
 Only formats with a signature and a decoder of their own are tried: Pillow would hand a file that begins like PostScript
 to Ghostscript, and guesses at formats without a signature.
 
-`Encoded` is the training loader's way: it knows an image's size from the header, and decodes once the crop is known.
+`encoded.py` has the training loader's way.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
+from visformer.data.orientation import is_sideways, turn, turning, upright
 from visformer.errors import VisformerError
 
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded: 300 MB as RGB
-HEADROOM = 1.5  # pixels that a reduced decode leaves to the final resize, per pixel of its result and side
+EVAL_HEADROOM = 2.5  # pixels that a reduced decode leaves to the resize, per pixel of its result and side
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # Pillow's names for the formats that are read, and the suffixes their files go by.
@@ -43,39 +43,6 @@ _FORMATS = {
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 
-# EXIF orientation (tag 0x0112) -> what brings the picture upright; 1 is upright already.
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# Each is a swap of the axes, or none, and then a reversal of rows, columns or both.
-_SIDEWAYS = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-_UPSIDE_DOWN = (
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.TRANSVERSE,
-)
-_PADDING = 1024  # bytes of zero that a whole JPEG may end with
-_ROWS_BELOW = 2  # that libjpeg looks at to interpolate the colours of a row
-_MIRRORED = (
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-)
-
 
 class ImageError(VisformerError):
     """An image that can't be read. `reason` is one line without the name; `name` is the file, or empty."""
@@ -89,20 +56,40 @@ class ImageError(VisformerError):
         return ImageError, (self.reason, self.name)  # a worker process sends it to its parent
 
 
+Resized = Callable[[int, int], tuple[int, int]]
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as Pillow's `resize` takes it
+
+
 def open_image(source: str | Path | bytes | BinaryIO, channels: int = 3) -> Image.Image:
     """Read an image, upright, in mode L (`channels` 1), RGB (3) or RGBA (4), 8 bits a channel.
 
     `source` is a path, the bytes of a file, or an open binary file. Of an animation, the first frame. With 1 or 3
     channels transparent pixels show white; with 4 an opaque image gets alpha 255. Raises `ImageError`.
     """
+    return open_reduced(source, channels, None)[0]
+
+
+def open_reduced(
+    source: str | Path | bytes | BinaryIO, channels: int, resized: Resized | None
+) -> tuple[Image.Image, Box | None]:
+    """As `open_image`, for an image that will be resized: `resized` gives for its (height, width), upright, the size.
+
+    A JPEG is decoded at a half, a quarter or an eighth, for much less than the whole, where `EVAL_HEADROOM` times the
+    size that it will have is left. Then the box of the result that is the picture comes with it: sides that are no
+    multiple of eight end within a pixel. Raises `ImageError`.
+    """
     name = str(source) if isinstance(source, (str, Path)) else ""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(file, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(_too_large(image.width, image.height), name)
+                raise ImageError(too_large(image.width, image.height), name)
+            stored, reduction = image.size, 1 if resized is None else _reduction(image, resized)
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))
             image.load()
-            return to_mode(_upright(image), channels)
+            box = _picture(image, stored, reduction) if reduction > 1 else None
+            return to_mode(upright(image), channels), box
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders answer hostile bytes with errors of every type
@@ -122,7 +109,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
     """
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         width, height = image.size
-        return (height, width) if _turning(image) in _SIDEWAYS else (width, height)
+        return (height, width) if is_sideways(turning(image)) else (width, height)
 
 
 def read_file(path: str | Path) -> bytes:
@@ -132,173 +119,6 @@ def read_file(path: str | Path) -> bytes:
             return file.read()
     except OSError as error:
         raise ImageError(_reason(error), str(path)) from error
-
-
-class Encoded:
-    """An image file in memory: upright `width` and `height` in pixels now, the pixels of a crop when asked for.
-
-    An ordinary JPEG goes straight to libjpeg-turbo, which can decode at half, a quarter or an eighth of its size for
-    much less than the whole; whatever else there is, damaged JPEGs among it, goes to `open_image` and comes out as it
-    does everywhere. Raises `ImageError`.
-    """
-
-    def __init__(self, data: bytes, channels: int = 3) -> None:
-        self.channels = channels
-        self.data = data
-        self._upright: Image.Transpose | None = None
-        self._image: Image.Image | None = None
-        header = _plain_jpeg(data, channels)
-        if header is None:
-            self._image = open_image(data, channels)
-            self.width, self.height = self._image.size
-            return
-        self.width, self.height, self._space = header
-        if _has_metadata(data):
-            self._upright = _orientation(data)
-            if self._upright in _SIDEWAYS:
-                self.width, self.height = self.height, self.width
-
-    def common(self) -> tuple[int, int, Image.Transpose | None] | None:
-        """(width, height) as stored, and what brings the picture upright, of a JPEG that any decoder reads alike: 8
-        bits, grey or YCbCr, Huffman coded in a single scan, not cut short. None for everything else."""
-        if self._image is not None or self._space == "RGB":
-            return None
-        frame = _single_scan(self.data)
-        if not frame or self.data[frame + 4] != 8:
-            return None
-        sides = (self.height, self.width) if self._upright in _SIDEWAYS else (self.width, self.height)
-        return *sides, self._upright
-
-    def reduction(self, width: int, height: int, at_least: tuple[int, int]) -> int:
-        """By how much (1, 2, 4 or 8) a crop of `width` x `height` may shrink in decoding and still hold `HEADROOM`
-        times `at_least` (height, width) pixels on either side; 1 where the format can't be decoded at a reduced size.
-        """
-        if self._image is not None:
-            return 1
-        rows, columns = (HEADROOM * side for side in at_least)
-        return next((by for by in (8, 4, 2) if width >= by * columns and height >= by * rows), 1)
-
-    def crop(self, left: int, top: int, width: int, height: int, reduction: int = 1) -> np.ndarray:
-        """The pixels of a crop, uint8 (height, width, C), contiguous, in the caller's hands.
-
-        With a `reduction` (see there), decoded at that fraction of the size; the edges of the crop then fall on the
-        nearest pixels of the reduced image.
-        """
-        if self._image is None:
-            pixels = self._decode(reduction, top + height)
-            if pixels is not None:
-                down, right = min(-(-(top + height) // reduction), pixels.shape[0]), left + width
-                right = min(-(-right // reduction), pixels.shape[1])
-                return pixels[top // reduction : down, left // reduction : right].copy()
-            self._image = open_image(self.data, self.channels)
-        pixels = np.array(self._image.crop((left, top, left + width, top + height)))
-        return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-    def _decode(self, reduction: int, rows: int) -> np.ndarray | None:
-        """The first `rows` or more, upright, uint8 (H, W, C), valid until the next call; None when the file is not
-        quite in order."""
-        data, width, height = self.data, self.width, self.height
-        shortened = self._upright is None and rows + _ROWS_BELOW * reduction < height and _single_scan(data)
-        if shortened:
-            height = rows + _ROWS_BELOW * reduction
-            data = b"".join((data[: shortened + 5], height.to_bytes(2, "big"), data[shortened + 7 :]))
-        height, width = -(-height // reduction), -(-width // reduction)
-        try:
-            pixels = simplejpeg.decode_jpeg(
-                data,
-                "GRAY" if self.channels == 1 else "RGB",
-                min_height=width if self._upright in _SIDEWAYS else height,
-                min_width=height if self._upright in _SIDEWAYS else width,
-                min_factor=reduction,
-                buffer=_canvas(height * width * (1 if self.channels == 1 else 3)),
-                strict=not shortened,  # what follows the last row that is decoded looks like a fault
-            )
-        except ValueError:
-            return None
-        return pixels if self._upright is None else _turned(pixels, self._upright)
-
-
-class _Canvas(threading.local):
-    """Memory that each image is decoded into: fresh pages for every one would take as long as decoding it."""
-
-    memory = np.empty(0, np.uint8)
-
-
-_CANVAS = _Canvas()
-
-
-def _canvas(size: int) -> np.ndarray:
-    if len(_CANVAS.memory) < size:
-        _CANVAS.memory = np.empty(size, np.uint8)
-    return _CANVAS.memory
-
-
-def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int, str] | None:
-    """(width, height, colour space) as stored of a JPEG whose colours libjpeg-turbo converts just as `open_image`
-    would; else None.
-
-    Raises `ImageError` for one that is too large.
-    """
-    if data[:3] != b"\xff\xd8\xff" or channels == 4:
-        return None
-    try:
-        rows, columns, space, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    width, height = int(columns), int(rows)
-    if width * height > MAX_PIXELS:
-        raise ImageError(_too_large(width, height))
-    same = space == "Gray" if channels == 1 else space in ("Gray", "YCbCr", "RGB")
-    return (width, height, space) if same else None
-
-
-def _has_metadata(data: bytes) -> bool:
-    """True for a JPEG with EXIF or XMP data (segments APP1), which may tell an orientation."""
-    place = 2
-    while data[place : place + 1] == b"\xff" and (kind := data[place + 1 : place + 2]) != b"\xda":
-        if kind == b"\xe1":
-            return True
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return False
-
-
-def _single_scan(data: bytes) -> int:
-    """Where the frame header (SOF) of a JPEG is whose rows follow one another in a single scan and which ends as it
-    should; 0 for any other.
-
-    With a smaller height written there, libjpeg decodes the upper rows and leaves it at that.
-    """
-    frame, place = 0, 2
-    while data[place : place + 1] == b"\xff":
-        kind = data[place + 1]
-        if kind in (0xC0, 0xC1):  # baseline and extended sequential, Huffman coded
-            frame = place
-        elif kind == 0xDA:
-            ended = data[-_PADDING:].rstrip(b"\0").endswith(b"\xff\xd9")
-            return frame if frame and ended and data[place + 4] == data[frame + 9] else 0
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return 0
-
-
-def _orientation(data: bytes) -> Image.Transpose | None:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return _turning(image)
-    except Exception:  # what is wrong with the file, decoding says
-        return None
-
-
-def turn(method: Image.Transpose) -> tuple[bool, bool, bool]:
-    """What Pillow's `transpose` does to rows and columns: are they swapped, then the rows reversed, the columns."""
-    return method in _SIDEWAYS, method in _UPSIDE_DOWN, method in _MIRRORED
-
-
-def _turned(pixels: np.ndarray, method: Image.Transpose) -> np.ndarray:
-    """(H, W, C) as Pillow's `transpose` would have it, a view."""
-    swapped, upside_down, mirrored = turn(method)
-    if swapped:
-        pixels = pixels.swapaxes(0, 1)
-    return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -324,17 +144,25 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     return Image.alpha_composite(white, image).convert(mode)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    method = _turning(image)
-    return image if method is None else image.transpose(method)
+def _reduction(image: Image.Image, resized: Resized) -> int:
+    """By how much a file that is open may shrink in decoding."""
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    sideways = is_sideways(turning(image))
+    height, width = (image.width, image.height) if sideways else (image.height, image.width)
+    rows, columns = (EVAL_HEADROOM * side for side in resized(height, width))
+    return next((by for by in (8, 4, 2) if height >= by * rows and width >= by * columns), 1)
 
 
-def _turning(image: Image.Image) -> Image.Transpose | None:
-    """What brings the picture upright; None when nothing need be done."""
-    try:
-        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF data says nothing about the pixels
-        return None
+def _picture(image: Image.Image, stored: tuple[int, int], reduction: int) -> Box:
+    """Where the picture of the `stored` width and height lies in `image`, decoded at a fraction, once it is upright."""
+    spare_x, spare_y = (side - whole / reduction for side, whole in zip(image.size, stored, strict=True))
+    swapped, upside_down, mirrored = turn(turning(image))
+    width, height = image.size
+    if swapped:
+        spare_x, spare_y, width, height = spare_y, spare_x, height, width
+    left, top = spare_x * mirrored, spare_y * upside_down
+    return left, top, left + width - spare_x, top + height - spare_y
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -361,7 +189,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _too_large(width: int, height: int) -> str:
+def too_large(width: int, height: int) -> str:
+    """The reason for which an image of so many pixels is refused."""
     return f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed"
 
 

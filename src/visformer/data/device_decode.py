@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from visformer import console
-from visformer.data.decode import turn
+from visformer.data.orientation import turn
 from visformer.errors import UsageError
 
 DECODED_AT_ONCE = 64_000_000  # pixels of whole images that a device holds together; 192 MB

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from visformer.data.batch import Batch
-from visformer.data.decode import Encoded, ImageError
+from visformer.data.decode import ImageError
 from visformer.data.device_augment import Augmenter
 from visformer.data.device_decode import DECODED_AT_ONCE, Lane, check_device, upright
 from visformer.data.device_jobs import Sample, ToldBytes
 from visformer.data.device_resize import resize_crops
+from visformer.data.encoded import Encoded
 from visformer.data.policies import fill_of
 from visformer.data.preprocessing import for_channels
 from visformer.data.transforms import TrainTransform

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from visformer.data.decode import Encoded, ImageError
+from visformer.data.decode import ImageError
 from visformer.data.device_policies import Look, look_drawer
+from visformer.data.encoded import Encoded
 from visformer.data.sampler import Item
 from visformer.data.sources import ImageSource, training_image
 from visformer.data.transforms import Placing, TrainTransform, mix_seed, size_of

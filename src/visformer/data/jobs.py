@@ -13,7 +13,7 @@ import numpy as np
 from visformer.data.decode import ImageError
 from visformer.data.preprocessing import Preprocessing
 from visformer.data.sampler import Item
-from visformer.data.sources import ImageSource, training_image
+from visformer.data.sources import ImageSource, evaluation_image, training_image
 from visformer.data.transforms import TrainTransform, mix_seed
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ class _Evaluation:
         self.preprocessing = preprocessing
 
     def __call__(self, item: Item) -> np.ndarray:
-        return self.preprocessing(self.source.load(item.index)).permute(1, 2, 0).numpy()[None]
+        pixels = self.preprocessing(*evaluation_image(self.source, item.index, self.preprocessing))
+        return pixels.permute(1, 2, 0).numpy()[None]
 
 
 def train_job(source: ImageSource, config: TrainConfig, batch_size: int) -> BatchJob:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from visformer.config import IMAGENET_MEAN, IMAGENET_STD
-from visformer.data.decode import MODES, to_mode
+from visformer.data.decode import MODES, Box, Resized, to_mode
 from visformer.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -86,9 +86,15 @@ class Preprocessing:
             key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """PIL image of any mode and size -> uint8 (C, H, W) in [0, 255], a view of (H, W, C) memory."""
-        image = _at_most(to_mode(image, self.in_channels), self.image_size)
+    def __call__(self, image: Image.Image, box: Box | None = None) -> torch.Tensor:
+        """PIL image of any mode and size -> uint8 (C, H, W) in [0, 255], a view of (H, W, C) memory.
+
+        `box` is the part of it that is the picture, as `open_reduced` gives it.
+        """
+        image = to_mode(image, self.in_channels)
+        if box is not None:
+            return self._of_part(image, box)
+        image = _at_most(image, self.image_size)
         size = self.resized(image.height, image.width)
         top, left = self._offset(size)
         height, width = self.image_size
@@ -98,12 +104,24 @@ class Preprocessing:
             image = image.resize((size[1], size[0]), PIL_RESAMPLING[self.interpolation])
         return image_to_tensor(image.crop((left, top, left + width, top + height)))
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
+    def _of_part(self, image: Image.Image, box: Box) -> torch.Tensor:
+        size = self.resized(box[3] - box[1], box[2] - box[0])
+        (top, left), (height, width) = self._offset(size), self.image_size
+        image = image.resize((size[1], size[0]), PIL_RESAMPLING[self.interpolation], box)
+        return image_to_tensor(image.crop((left, top, left + width, top + height)))
+
+    def resized(self, height: float, width: float) -> tuple[int, int]:
         """(height, width) to which an image of that size is resized: it just covers floor(image_size / crop_pct)."""
         cover_h, cover_w = (math.floor(side / self.crop_pct) for side in self.image_size)
         if cover_h * width >= cover_w * height:
             return cover_h, int(cover_h * width / height)
         return int(cover_w * height / width), cover_w
+
+    @property
+    def reduces(self) -> Resized | None:
+        """`resized`, for `open_reduced`, where decoding a photograph at a fraction of its size gives nearly the same
+        pixels; None where each pixel of the result is taken from few."""
+        return self.resized if self.antialias and self.interpolation != "nearest" else None
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) on any device -> float32 (B, C, H, W), (batch - mean) / std; the memory format is kept."""

@@ -12,7 +12,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from visformer.data.decode import Encoded
+from visformer.data.decode import Box, open_reduced
+from visformer.data.encoded import Encoded
+from visformer.data.preprocessing import Preprocessing
 from visformer.errors import UsageError
 
 
@@ -76,14 +78,27 @@ def training_image(source: ImageSource, index: int, channels: int) -> Image.Imag
     `raw(index)` gives the bytes of the image's file, or its pixels as uint8 (H, W, `channels`); None, and a source
     without it, mean that `load` is the way. Raises `ImageError`.
     """
+    data = _raw(source, index)
+    if data is None:
+        return source.load(index)
+    return Encoded(data, channels) if isinstance(data, bytes) else data
+
+
+def evaluation_image(source: ImageSource, index: int, preprocessing: Preprocessing) -> tuple[Image.Image, Box | None]:
+    """One image for `preprocessing`, as `Predictor` and the server open it (`open_reduced`). Raises `ImageError`."""
+    data = _raw(source, index)
+    if not isinstance(data, bytes):
+        return source.load(index), None
+    return open_reduced(data, preprocessing.in_channels, preprocessing.reduces)
+
+
+def _raw(source: ImageSource, index: int) -> bytes | np.ndarray | None:
+    """What the method `raw` gives, of the source that a view is of."""
     while isinstance(source, Subset):
         index = int(source.indices[index])
         source = source.source
     raw = getattr(source, "raw", None)
-    data = raw(index) if raw is not None else None
-    if data is None:
-        return source.load(index)
-    return Encoded(data, channels) if isinstance(data, bytes) else data
+    return raw(index) if raw is not None else None
 
 
 def targets_of(source: ImageSource) -> np.ndarray:

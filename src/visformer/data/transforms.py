@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from visformer.data import image_ops
-from visformer.data.decode import Encoded
+from visformer.data.encoded import Encoded
 from visformer.data.policies import build_policy
 from visformer.data.preprocessing import PIL_RESAMPLING, for_channels
 
