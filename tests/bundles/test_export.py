@@ -1,6 +1,9 @@
 """`visformer export` as it is typed, and what predict and validate do with a bundle."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,38 @@ def test_a_predictor_takes_a_bundle(bundles, checkpoint, photos):
     paths = sorted(photos.rglob("*.png"))[:3]
     wanted, got = (Predictor(source, device="cpu").predict(paths) for source in (checkpoint, bundles().path))
     assert [r["predictions"][0]["label"] for r in wanted] == [r["predictions"][0]["label"] for r in got]
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_a_bundle_labels_without_torch(format, bundles, photos, tmp_path):
+    """Whose import would take longer."""
+    path = str(next(photos.rglob("*.png")))
+    words = ["predict", path, "--ckpt_path", str(bundles(format).path), "--format", "json"]
+    code = f"import sys; from visformer.cli import main; code = main({words!r}); assert 'torch' not in sys.modules; "
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(code)"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert len(record["predictions"]) == 5 and record["predictions"][0]["label"] == Path(path).parent.name
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_image(bundles, photos, monkeypatch):
+    bundle = bundles()
+    paths = sorted(photos.rglob("*.png"))[:3]
+    predictor = Predictor(bundle, device="cpu", top_k=2)
+    wanted = predictor.predict(paths)
+    engine, run = predictor._classifier._engine, predictor._classifier._engine.run
+
+    def broken(batch):
+        logits = run(batch)
+        logits[1, 0] = np.inf
+        return logits
+
+    monkeypatch.setattr(engine, "run", broken)
+    first, second, third = predictor.predict(paths)
+    assert (first, third) == (wanted[0], wanted[2]) and "not finite" in second["error"]
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])

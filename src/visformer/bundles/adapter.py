@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from visformer.bundles.bundle import Bundle
 from visformer.bundles.engines import Engine
 from visformer.data.preprocessing import Preprocessing
-from visformer.errors import UsageError
 
 
 class BundleModel(nn.Module):
@@ -34,7 +33,5 @@ class BundleModel(nn.Module):
 
 def bundle_model(path: str | Path, name: str = "") -> BundleModel:
     """Open a bundle and load its engine. With a `name`, raise `UsageError` if it holds another model."""
-    bundle = Bundle.open(path)
-    if name and name != bundle.model_name:
-        raise UsageError(f"{path}: it holds {bundle.model_name}, not {name}")
+    bundle = Bundle.open(path, name)
     return BundleModel(bundle, bundle.engine()).eval()

@@ -72,14 +72,18 @@ class Bundle:
     tolerance: float  # of a logit of a sample on another machine
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Read and check a bundle. Raises `UsageError` naming the folder, the field and the rule."""
+    def open(cls, path: str | Path, name: str = "") -> Bundle:
+        """Read and check a bundle; with a `name`, also that it holds this model. Raises `UsageError` naming the folder,
+        the field and the rule."""
         path = Path(path)
         path = path.parent if path.name == DOCUMENT else path
         try:
-            return cls._from_document(path, _read(path / DOCUMENT))
+            found = cls._from_document(path, _read(path / DOCUMENT))
         except UsageError as error:
             raise UsageError(f"{path}: not a bundle that can be used: {error}") from None
+        if name and name != found.model_name:
+            raise UsageError(f"{path}: it holds {found.model_name}, not {name}")
+        return found
 
     def engine(self, *, threads: int | None = None, cache_dir: str | Path | None = None) -> BundleEngine:
         """Load the model, ready to run.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visformer.data.decode import MODES, to_mode
+from visformer.data.decode import MODES, Box, Resized, to_mode
 from visformer.errors import UsageError
 
 _PIL = {
@@ -59,18 +59,28 @@ class ImagePreprocessing:
         """PIL images of any mode and size -> float32 (B, C, height, width), the model's input."""
         return self.normalize(np.stack([self.pixels(image) for image in images]))
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """PIL image of any mode and size -> uint8 (height, width, C): resized and cropped."""
-        image = self._at_most(to_mode(image, self.in_channels))
-        (height, width), size = self.image_size, self._resized(image.height, image.width)
+    def pixels(self, image: Image.Image, box: Box | None = None) -> np.ndarray:
+        """PIL image of any mode and size -> uint8 (height, width, C): resized and cropped. `box` is the part of it that
+        is the picture, as `open_reduced` gives it."""
+        image = to_mode(image, self.in_channels)
+        image = self._at_most(image) if box is None else image
+        whole = (image.height, image.width) if box is None else (box[3] - box[1], box[2] - box[0])
+        (height, width), size = self.image_size, self._resized(*whole)
         top, left = (self._offset(whole - part) for whole, part in zip(size, self.image_size, strict=True))
-        if size != (image.height, image.width):
+        if box is not None:
+            image = image.resize((size[1], size[0]), _PIL[self.interpolation], box)
+        elif size != (image.height, image.width):
             if not self.antialias:
                 return _interpolated(np.asarray(image), size, self.interpolation)[
                     top : top + height, left : left + width
                 ]
             image = image.resize((size[1], size[0]), _PIL[self.interpolation])
         return _three_axes(np.array(image.crop((left, top, left + width, top + height))))
+
+    @property
+    def reduces(self) -> Resized | None:
+        """For `open_reduced`; see `visformer.data.Preprocessing`."""
+        return self._resized if self.antialias and self.interpolation != "nearest" else None
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (B, height, width, C) -> float32 (B, C, height, width), (pixels - mean) / std"""
@@ -83,9 +93,9 @@ class ImagePreprocessing:
             plane /= np.float32(std)
         return images
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def _resized(self, height: float, width: float) -> tuple[int, int]:
         cover_h, cover_w = (math.floor(side / self.crop_pct) for side in self.image_size)
-        return max(cover_h, cover_w * height // width), max(cover_w, cover_h * width // height)
+        return max(cover_h, int(cover_w * height // width)), max(cover_w, int(cover_h * width // height))
 
     def _offset(self, spare: int) -> int:
         return round(spare / 2) if self.crop_rounding == "round" else spare // 2

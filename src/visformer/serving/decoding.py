@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from visformer.bundles.pixels import ImagePreprocessing
-from visformer.data.decode import ImageError, open_image, stored_size
+from visformer.data.decode import ImageError, open_reduced, stored_size
 from visformer.serving.batching import Answer, Batcher, Waiting
 from visformer.serving.refusals import Refusal, bad, forget
 
@@ -86,8 +86,8 @@ def decoded(data: bytes, preprocessing: ImagePreprocessing, max_pixels: int) -> 
         raise bad("the image is empty")
     try:
         _check_size(data, max_pixels)
-        image = open_image(data, preprocessing.in_channels)
-        return preprocessing.normalize(preprocessing.pixels(image)[None])[0]
+        image, box = open_reduced(data, preprocessing.in_channels, preprocessing.reduces)
+        return preprocessing.normalize(preprocessing.pixels(image, box)[None])[0]
     except ImageError as error:
         raise bad(f"the image can't be read: {error.reason}") from None
 
@@ -102,7 +102,7 @@ def _check_size(data: bytes, max_pixels: int) -> None:
         pixels = math.prod(stored_size(data))
     except Image.DecompressionBombError:
         pixels = math.inf
-    except Exception:  # what is wrong with it, `open_image` says
+    except Exception:  # what is wrong with it, `open_reduced` says
         return
     if pixels > max_pixels:
         raise bad(f"the image has more pixels than the {max_pixels:,} allowed")

@@ -37,7 +37,8 @@ class Loaded:
     precision: str
     any_size: bool  # takes every height and width that are multiples of 32
     open_inside: Callable[[], Inside | None] = lambda: None  # for heat maps; may take as long as loading
-    warm: Callable[[], None] = lambda: None  # prepares for full batches; may take seconds, while others call `run`
+    warm: Callable[[], None] = lambda: None  # prepares for full batches; may take minutes, while others call `run`
+    close: Callable[[], None] = lambda: None  # ends what `warm` has begun; `run` is not called any more
 
 
 def load(source: Source, settings: Settings) -> Loaded:
@@ -95,6 +96,7 @@ def _load_checkpoint(source: Source, settings: Settings) -> Loaded:
         any_size=False,
         open_inside=partial(TorchInside, engine.model),
         warm=engine.warm,
+        close=engine.close,
     )
 
 
@@ -138,6 +140,7 @@ class ServedModel:
         """Wait until nobody uses it, and let it go. It must not be leased any more."""
         await self._unused.wait()
         self.batcher.close()
+        self.loaded.close()
 
     def _count(self, size: int, seconds: float) -> None:
         self.statistics.batch(size, seconds)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from visformer.data.decode import open_image
+from visformer.data.decode import open_reduced
 from visformer.errors import VisformerError
 from visformer.serving.model import Loaded, load
 from visformer.serving.settings import Settings
@@ -63,7 +63,8 @@ class Loop:
 
     def _decoded(self, data: bytes) -> np.ndarray:
         preprocessing = self.loaded.preprocessing
-        return preprocessing([open_image(data, preprocessing.in_channels)])[0]
+        pixels = preprocessing.pixels(*open_reduced(data, preprocessing.in_channels, preprocessing.reduces))
+        return preprocessing.normalize(pixels[None])[0]
 
 
 def run_loop(pipe: Any, target: str, folder: str, device: str, threads: int, batch_size: int) -> None:
