@@ -244,3 +244,14 @@ def test_the_commands_of_the_scripts_parse():
     words = ["--image_path", "I", "--model", "visformer_tiny", "--ckpt_path", "C"]
     options = parse(options_class("predict"), words, prog="infer.py")
     assert (options.inputs, options.model, options.ckpt_path) == (["I"], "visformer_tiny", "C")
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch, capsys):
+    """As where bundles are served without torch."""
+
+    def without_torch(name):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(cli, "_module", without_torch)
+    assert cli.main(["predict", "cat.jpg", "--ckpt_path", "run.safetensors"]) == 1
+    assert "error: torch is not installed here, and this needs it; pip install torch" in capsys.readouterr().err

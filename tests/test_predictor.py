@@ -99,9 +99,10 @@ def test_what_cannot_be_read_is_a_record_in_its_place(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_order_is_kept_and_batches_are_full(num_workers, batch_size):
     colors = list(itertools.islice(itertools.cycle(COLORS), 13))
-    labeller = predictor(batch_size=batch_size, num_workers=num_workers)
+    model = Brightest()
+    labeller = Predictor(model, device="cpu", batch_size=batch_size, num_workers=num_workers)
     assert best(labeller.predict(picture(color) for color in colors)) == colors
-    sizes = labeller.model.batches
+    sizes = model.batches
     assert sum(sizes) == 13 and sizes[:-1] == [batch_size] * (len(sizes) - 1)
 
 
@@ -128,12 +129,9 @@ def test_an_array_that_is_no_image_is_a_usage_error():
 
 
 def test_logits_that_are_not_finite_are_an_error_of_that_image():
-    labeller = predictor()
-    labeller.preprocessing = Preprocessing((32, 32), mean=(127.5,) * 3, std=(127.5,) * 3)
-    labeller.model.forward = lambda images: torch.where(
-        images[:, 0].amax((1, 2))[:, None] > 0.9, torch.nan, torch.eye(3)[:1]
-    )
-    records = labeller.predict([picture("red"), picture("green")])
+    model = Brightest()
+    model.forward = lambda images: torch.where(images[:, 0].amax((1, 2))[:, None] > 0.9, torch.nan, torch.eye(3)[:1])
+    records = Predictor(model, device="cpu").predict([picture("red"), picture("green")])
     assert "not finite" in records[0]["error"] and "predictions" in records[1]
 
 

@@ -142,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has left, as `| head` does. Python flushes stdout again on its way out, which must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "visformer").partition(".")[0]
+        if package == "visformer":
+            raise
+        return _end(f"error: {package} is not installed here, and this needs it; pip install {package}", 1)
     except OSError as error:
         if error.strerror is None:
             raise

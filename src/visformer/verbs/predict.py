@@ -148,15 +148,16 @@ def predict(options: PredictOptions) -> list[Record]:
 
 def _stream(options: PredictOptions) -> Iterator[Record]:
     """The records, lazily; what is wrong with the options is raised before the first."""
+    from visformer.bundles.bundle import Bundle, is_bundle
+    from visformer.machine import available_cores
     from visformer.verbs.inputs import check_inputs, expand
+    from visformer.verbs.predictor import Predictor
     from visformer.verbs.validate import load_named, refuse_half
 
     check_inputs(options.inputs)
     refuse_half(options.ckpt_path, "amp_level", options.amp_level)
-    model = load_named(options.ckpt_path, options.model)
-
-    from visformer.data.loader import available_cores
-    from visformer.verbs.predictor import Predictor
+    bundled = bool(options.ckpt_path) and is_bundle(options.ckpt_path)
+    model = (Bundle.open if bundled else load_named)(options.ckpt_path, options.model)
 
     predictor = Predictor(
         model,

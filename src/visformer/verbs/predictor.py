@@ -2,37 +2,60 @@
 
 Threads decode and preprocess ahead of the model (Pillow releases Python's lock while it does), the model takes whole
 batches, and the records come out in the order of the images. At most two batches are held at a time, however many
-images there are.
+images there are. What computes is a `Classifier`: a checkpoint by torch (predictor_torch.py), or a bundle by its
+engine, without torch, whose import takes longer than labelling a few pictures.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import nn
 
-from visformer.bundles.bundle import is_bundle
+from visformer.bundles.bundle import Bundle, is_bundle
 from visformer.data import imagenet
-from visformer.data.decode import MODES, ImageError, open_image
-from visformer.data.loader import available_cores
-from visformer.data.preprocessing import Preprocessing
-from visformer.distributed import autocast, select_device
+from visformer.data.decode import MODES, Box, ImageError, Resized, open_reduced
 from visformer.errors import UsageError
-from visformer.pretrained import load
+from visformer.machine import available_cores
+
+if TYPE_CHECKING:
+    from torch import nn
 
 T = TypeVar("T")
 R = TypeVar("R")
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
+
+
+class Classifier(Protocol):
+    """What a `Predictor` asks."""
+
+    class_names: list[str]
+
+    @property
+    def in_channels(self) -> int:
+        """1, 3 or 4."""
+        ...
+
+    @property
+    def reduces(self) -> Resized | None:
+        """See `Preprocessing.reduces`."""
+        ...
+
+    def pixels(self, image: Image.Image, box: Box | None) -> np.ndarray:
+        """PIL image, and the part of it that is the picture -> uint8 (height, width, C), resized and cropped."""
+        ...
+
+    def best(self, batch: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """uint8 (B, height, width, C) -> whether the logits are finite (B); the `count` highest probabilities, and the
+        classes that have them, (B, count) each, the highest first and equal ones in the order of the classes."""
+        ...
 
 
 class Predictor:
@@ -47,7 +70,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | Bundle | nn.Module,
         *,
         device: str = "auto",
         top_k: int = 5,
@@ -59,18 +82,14 @@ class Predictor:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if value < 1:
                 raise UsageError(f"{name}: {value} is out of range; it must be at least 1")
-        self.device = select_device(device)
-        loaded: Any = model if isinstance(model, nn.Module) else _load(model)
-        self.class_names: list[str] = list(loaded.class_names)
+        self._classifier = _classifier(model, device, amp_level, amp_dtype)
+        self.class_names = list(self._classifier.class_names)
         if not self.class_names:
             raise UsageError(f"{model}: has no classes, so it gives features and not labels")
         self.descriptions = imagenet.describe(self.class_names)
-        self.preprocessing: Preprocessing = loaded.preprocessing
-        self.model = loaded.to(self.device, memory_format=torch.channels_last).eval()
         self.top_k = min(top_k, len(self.class_names))
         self.batch_size = batch_size
         self.num_workers = min(8, available_cores()) if num_workers is None else num_workers
-        self._precision = functools.partial(autocast, self.device, amp_level, amp_dtype)
 
     def predict(self, images: Iterable[ImageLike] | ImageLike) -> list[dict[str, Any]]:
         """One record for each image, in order; see `stream`."""
@@ -90,26 +109,27 @@ class Predictor:
         while batch := list(itertools.islice(ready, self.batch_size)):
             yield from self._records(batch)
 
-    def _prepare(self, item: tuple[int, ImageLike]) -> tuple[str, torch.Tensor | str]:
-        """An image by its position -> its name and its uint8 tensor (C, H, W), or the reason why there is none."""
+    def _prepare(self, item: tuple[int, ImageLike]) -> tuple[str, np.ndarray | str]:
+        """An image by its position -> its name and its pixels, uint8 (H, W, C), or the reason why there are none."""
         position, image = item
         name = os.fspath(image) if isinstance(image, (str, Path)) else f"image[{position}]"
+        box = None
         try:
             if isinstance(image, np.ndarray):
                 picture = _from_array(image, name)
             elif isinstance(image, Image.Image):
                 picture = ImageOps.exif_transpose(image)
             else:
-                picture = open_image(image, self.preprocessing.in_channels)
-            return name, self.preprocessing(picture)
+                picture, box = open_reduced(image, self._classifier.in_channels, self._classifier.reduces)
+            return name, self._classifier.pixels(picture, box)
         except ImageError as error:
             return name, error.reason
         except (OSError, SyntaxError, MemoryError) as error:  # a PIL image that is decoded only here
             return name, " ".join(str(error).split()) or type(error).__name__
 
-    def _records(self, batch: list[tuple[str, torch.Tensor | str]]) -> Iterator[dict[str, Any]]:
-        tensors = [result for _, result in batch if isinstance(result, torch.Tensor)]
-        labelled = iter(self._label(torch.stack(tensors)) if tensors else [])
+    def _records(self, batch: list[tuple[str, np.ndarray | str]]) -> Iterator[dict[str, Any]]:
+        pixels = [result for _, result in batch if isinstance(result, np.ndarray)]
+        labelled = iter(self._label(np.stack(pixels)) if pixels else [])
         for name, result in batch:
             if isinstance(result, str):
                 yield {"path": name, "error": result}
@@ -118,21 +138,14 @@ class Predictor:
                 failure = "the model's output is not finite; try amp_level O0, or another checkpoint"
                 yield {"path": name, "predictions": predictions} if predictions else {"path": name, "error": failure}
 
-    @torch.no_grad()
-    def _label(self, images: torch.Tensor) -> list[list[dict[str, Any]]]:
-        """uint8 (B, C, H, W) -> for each image its best classes; an empty list where the logits are not finite."""
-        images = images.to(self.device, memory_format=torch.channels_last)
-        with self._precision():
-            logits = self.model(self.preprocessing.normalize(images))
-        finite = logits.isfinite().all(dim=1).tolist()
-        # A stable sort, so that equal classes come in their order on every device.
-        probabilities, order = logits.float().softmax(dim=1).sort(dim=1, descending=True, stable=True)
-        best = zip(probabilities[:, : self.top_k].tolist(), order[:, : self.top_k].tolist(), strict=True)
+    def _label(self, pixels: np.ndarray) -> list[list[dict[str, Any]]]:
+        """uint8 (B, H, W, C) -> for each image its best classes; an empty list where the logits are not finite."""
+        finite, probabilities, classes = (values.tolist() for values in self._classifier.best(pixels, self.top_k))
         return [
             [self._prediction(index, probability) for probability, index in zip(values, indices, strict=True)]
             if good
             else []
-            for good, (values, indices) in zip(finite, best, strict=True)
+            for good, values, indices in zip(finite, probabilities, classes, strict=True)
         ]
 
     def _prediction(self, index: int, probability: float) -> dict[str, Any]:
@@ -142,13 +155,40 @@ class Predictor:
         return {"label": label, **words, "index": index, "probability": probability}
 
 
-def _load(source: str | Path) -> nn.Module:
-    """The model of a checkpoint or a bundle."""
-    if not is_bundle(source):
-        return load(source)
-    from visformer.bundles.adapter import bundle_model
+class BundleClassifier:
+    """An exported bundle, computed by its engine."""
 
-    return bundle_model(source)
+    def __init__(self, bundle: Bundle) -> None:
+        self.class_names = bundle.labels
+        self._preprocessing, self._engine = bundle.preprocessing, bundle.engine()
+        self.in_channels, self.reduces = self._preprocessing.in_channels, self._preprocessing.reduces
+
+    def pixels(self, image: Image.Image, box: Box | None) -> np.ndarray:
+        """See `Classifier`."""
+        return self._preprocessing.pixels(image, box)
+
+    def best(self, batch: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `Classifier`."""
+        logits = self._engine.run(self._preprocessing.normalize(batch))
+        finite = np.asarray(np.isfinite(logits).all(axis=1))
+        powers = np.exp(np.where(finite[:, None], logits, 0) - np.where(finite, logits.max(axis=1), 0)[:, None])
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+        return finite, np.take_along_axis(probabilities, order, axis=1), order
+
+
+def _classifier(model: str | Path | Bundle | nn.Module, device: str, amp_level: str, amp_dtype: str) -> Classifier:
+    if isinstance(model, (str, Path)) and is_bundle(model):
+        model = Bundle.open(model)
+    if isinstance(model, Bundle):
+        if device.lower() not in ("auto", "cpu"):
+            from visformer.distributed import select_device
+
+            select_device(device)  # says when there is none such; the engine computes on the CPU
+        return BundleClassifier(model)
+    from visformer.verbs.predictor_torch import TorchClassifier
+
+    return TorchClassifier(model, device, amp_level, amp_dtype)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

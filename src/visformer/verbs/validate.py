@@ -10,7 +10,6 @@ image. An exported bundle is measured like a checkpoint; its self-test runs the 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from dataclasses import dataclass
@@ -106,11 +105,11 @@ def validate(options: ValidateOptions) -> Report:
 
     Raises `UsageError` for a class that the model does not know, and `RunError` when no image gives a usable result.
     """
-    import torch
 
     from visformer.data.datasets import class_mapping
     from visformer.data.loader import make_eval_loader
-    from visformer.distributed import autocast, select_device
+    from visformer.distributed import select_device
+    from visformer.fusion.fused import for_inference
     from visformer.verbs.evaluation import evaluate
 
     model: Any = load_named(options.ckpt_path, options.model)
@@ -127,13 +126,12 @@ def validate(options: ValidateOptions) -> Report:
     )
     try:
         measured = evaluate(
-            model.to(device, memory_format=torch.channels_last).eval(),
+            for_inference(model, device, options.val_amp_level, options.amp_dtype),
             loader,
             device,
             mapping,
             num_classes=len(model.class_names),
             normalize=model.preprocessing.normalize,
-            precision=functools.partial(autocast, device, options.val_amp_level, options.amp_dtype),
             title="validate",
         )
     finally:
