@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -19,12 +20,12 @@ import gpu_prepare
 import torch
 from torch import Tensor, nn
 
-from visformer import kernels
 from visformer.errors import RunError
 from visformer.fusion import roofline
 from visformer.fusion.fused import fuse
 from visformer.fusion.operation import Operation
-from visformer.models import create_model
+from visformer.fusion.tuner import FP8
+from visformer.models import Visformer, create_model
 from visformer.verbs import bench_infer, bench_timm
 from visformer.verbs.bench import BenchOptions, bench
 from visformer.verbs.bench_timing import TURN_S, Contender, in_turns, summarize
@@ -32,8 +33,9 @@ from visformer.verbs.bench_timing import TURN_S, Contender, in_turns, summarize
 ROOT = Path(__file__).resolve().parents[1]
 TIMMS = ("visformer_tiny", "visformer_small")  # that timm has too
 _PROCESS_BYTES = 6 << 30  # of the device's memory, for each process that compiles
+_FEW = 3  # turns of a record that is not finished
+_FP8_LIMIT = 0.7  # likewise; what has nothing to do with the model is off by 1.4
 _PEER_LIMIT = 0.3  # of the largest logit: a peer is the same function, as exact as it may be
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest value, against float64
 
 
 @dataclass(frozen=True)
@@ -55,158 +57,67 @@ class Setting:
         return 3 if self.quick else 15
 
 
-# ---- the kernels' numbers
+# ---- the kernels, and inference
 
 
 def check_kernels(setting: Setting) -> dict[str, Any]:
-    """Each kernel with its first tiles, two in bf16 and one in fp32, against its reference in float64, at shapes that
-    no tile divides.
+    """`gpu_checks.check_kernels` in a process of its own, since a kernel that is wrong may end the use of the device.
 
-    Returns the largest difference of each in units of the largest value; raises `RunError` when one is too large.
+    Raises `RunError` with what it said.
     """
-    found: dict[str, Any] = {}
-    wrong: list[str] = []
-    for dtype, tolerance in _TOLERANCES.items():
-        for name, tiles, run, expected in _kernel_cases(setting.device, dtype):
-            key, exact = f"{name} {str(dtype).removeprefix('torch.')}", expected()
-            refused: list[str] = []
-            left = 1 if dtype == torch.float32 else 2  # compiling takes its time
-            for tile in tiles:
-                try:
-                    result = run(tile).double()
-                except Exception as error:  # a tile that is too large for this device
-                    refused.append(f"{key}, tile {tuple(tile)}: {_line(error)}")
-                    continue
-                off_by = float((result - exact).abs().max() / exact.abs().max())
-                found[key] = max(off_by, found.get(key, 0.0))
-                if not off_by <= tolerance:
-                    wrong.append(f"{key}, tile {tuple(tile)}: off by {off_by:.1e}, where {tolerance:.0e} is allowed")
-                left -= 1
-                if not left:
-                    break
-            if tiles and key not in found:
-                wrong.append(f"no tile runs here: {refused[0]}")
-    if wrong:
-        raise RunError("; ".join(wrong))
-    return {"off_by": found, "limits": {str(d).removeprefix("torch."): t for d, t in _TOLERANCES.items()}}
+    words = [sys.executable, str(ROOT / "benchmarks" / "gpu_checks.py"), "--device", setting.device.type]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RunError(lines[-1])
+    return json.loads(done.stdout)
 
 
-def _kernel_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[str, list, Callable, Callable]]:
-    """(name, tiles, the kernel with a tile, its reference in float64)"""
-    generator = torch.Generator().manual_seed(0)
+def infer(
+    setting: Setting, name: str, batch_size: int, timeout_s: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A model fused and tuned beside its peers: images a second, shares of the roofline, and each layer's times.
 
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        values = (scale * torch.randn(shape, generator=generator)).to(device, dtype)
-        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
-
-    def exact(reference: Callable, *inputs: Any) -> Callable:
-        return lambda: reference(*(one.double() if isinstance(one, Tensor) else one for one in inputs))
-
-    k = kernels
-    x, w, b, r = draw(3, 96, 9, 11), draw(72, 96, scale=0.1), draw(72), draw(3, 72, 9, 11)
-    qkv, bias = draw(2, 3 * 3 * 32, 9, 11), draw(3, 16, 16)
-    grouped, hidden = draw(48, 12, 3, 3, scale=0.1), draw(3, 48, 9, 11)
-    second, channels = draw(96, 192, scale=0.1), draw(192, 96, scale=0.1)
-    image, stem_w, stem_b = draw(2, 3, 30, 46), draw(16, 3, 7, 7, scale=0.1), draw(16)
-    patches, flat, patch_b = draw(2, 16, 24, 40), draw(96, 16 * 16, scale=0.1), draw(60, 96)
-    head_w, head_b = draw(100, 96, scale=0.1), draw(100)
-    first_b, second_b = draw(192), draw(96)
-    return [
-        (
-            "linear",
-            k.linear.tiles(297, 96, 72, dtype),
-            lambda tile: k.linear.linear(x, w, b, r, "gelu", tile),
-            exact(k.linear.linear_reference, x, w, b, r, "gelu"),
-        ),
-        (
-            "attention",
-            k.attention.tiles(99, 32, dtype),
-            lambda tile: k.attention.attention(qkv, 3, 0.2, tile=tile),
-            exact(k.attention.attention_reference, qkv, 3, 0.2),
-        ),
-        (
-            "attention in windows",
-            k.attention.tiles(16, 32, dtype),
-            lambda tile: k.attention.attention(qkv, 3, 0.2, k.attention.pack_bias(bias), (4, 4), (2, 2), tile),
-            exact(k.attention.attention_reference, qkv, 3, 0.2, bias, (4, 4), (2, 2)),
-        ),
-        (
-            "grouped_conv",
-            k.grouped_conv.tiles(3, 48, 9, 11, 4, dtype),
-            lambda tile: k.grouped_conv.grouped_conv(
-                hidden, k.grouped_conv.pack_weight(grouped, 4, tile), None, 4, "gelu", tile
-            ),
-            exact(k.grouped_conv.grouped_conv_reference, hidden, grouped, None, 4, "gelu"),
-        ),
-        (
-            "mlp",
-            k.mlp.tiles(297, 96, 192, dtype),
-            lambda tile: k.mlp.mlp(x, channels, first_b, second, second_b, x, "gelu", tile),
-            exact(k.mlp.mlp_reference, x, channels, first_b, second, second_b, x, "gelu"),
-        ),
-        (
-            "stem",
-            k.stem.tiles(2, 3, 30, 46, 16, dtype, dtype),
-            lambda tile: k.stem.stem(image, k.stem.pack_weight(stem_w, tile), stem_b, tile),
-            exact(k.stem.stem_reference, image, stem_w, stem_b),
-        ),
-        (
-            "patch_embed",
-            k.patch_embed.tiles(2, 16, 24, 40, 96, 4, dtype),
-            lambda tile: k.patch_embed.patch_embed(patches, flat, patch_b, 4, tile),
-            exact(k.patch_embed.patch_embed_reference, patches, flat, patch_b, 4),
-        ),
-        (
-            "pool_head",
-            k.pool_head.tiles(3, 96, 99, 100, dtype),
-            lambda tile: k.pool_head.pool_head(x, head_w, head_b, tile),
-            exact(k.pool_head.pool_head_reference, x, head_w, head_b),
-        ),
-    ]
-
-
-# ---- inference
-
-
-def infer(setting: Setting, name: str, batch_size: int, timeout_s: float) -> dict[str, Any]:
-    """A model fused and tuned beside its peers: images a second, shares of the roofline, and each layer's times."""
+    `timeout_s` is for compiling ahead. `keep` gets the record as it is after tuning and after each peer, timed in few
+    turns, in case that the time is up before the end.
+    """
     pair = _models(name, setting.image_size)
-    prepared = None
+    record: dict[str, Any] = {"model": name, "batch_size": batch_size, "prepared": None}
     if setting.device.type == "cuda":
         most = torch.cuda.get_device_properties(setting.device).total_memory // _PROCESS_BYTES
         described = (name, batch_size, setting.image_size, setting.precision)
-        prepared = gpu_prepare.prepare(*described, most=max(1, most), timeout_s=timeout_s)
+        record["prepared"] = gpu_prepare.prepare(*described, most=max(1, most), timeout_s=timeout_s)
     images = torch.randn(batch_size, 3, setting.image_size, setting.image_size, device=setting.device)
     expected = bench_infer.exact_logits(pair[0], images)
     began = time.monotonic()
     fast = fuse(pair[0], dtype=bench_infer.PRECISIONS[setting.precision], device=setting.device)
     ready = images.to(fast.dtype, memory_format=torch.channels_last)
     ours = Contender("visformer fused", setting.precision, "channels_last", lambda: fast(ready))
-    differences = {ours.name: bench_infer.difference(ours, expected)}
-    tuning_s = time.monotonic() - began
-    entrants, left_out = [ours], {}
+    record["logit_differences"] = {ours.name: bench_infer.difference(ours, expected)}
+    record |= {"tuning_s": round(time.monotonic() - began, 1), "left_out": {}}
+    entrants = [ours]
+    timed = functools.partial(_timed, setting, pair[0], fast, batch_size, entrants)
     for peer_name, make in _peers(setting, name, pair, images).items():
+        keep(record | timed(_FEW))
         try:
             peer = make()
-            differences[peer_name] = bench_infer.difference(peer, expected, _PEER_LIMIT)
+            record["logit_differences"][peer_name] = bench_infer.difference(peer, expected, _PEER_LIMIT)
             entrants.append(peer)
         except Exception as error:  # a peer that does not run here must not cost us the others
-            left_out[peer_name] = _line(error)
-    timed = in_turns(entrants, setting.device, warmup=0, repeats=setting.rounds, turn_s=TURN_S)
-    records = [summarize(one, timed[min(1, len(timed) - 1)], batch_size) for one in timed]  # x the first peer
-    limit = bench_infer.against_roofline(pair[0], records, batch_size, setting.device)
+            record["left_out"][peer_name] = _line(error)
+    return record | timed(setting.rounds)
+
+
+def _timed(
+    setting: Setting, model: Visformer, fast: nn.Module, batch_size: int, entrants: list[Contender], rounds: int
+) -> dict[str, Any]:
+    """The contenders' records, the roofline and the layers' times; ratios are to the first peer, where there is one."""
+    timed = in_turns(entrants, setting.device, warmup=0, repeats=rounds, turn_s=TURN_S)
+    records = [summarize(one, timed[min(1, len(timed) - 1)], batch_size) for one in timed]
+    limit = bench_infer.against_roofline(model, records, batch_size, setting.device)
     peak = roofline.Peak(*(limit["roofline"][setting.precision][key] for key in roofline.Peak._fields))
-    return {
-        "model": name,
-        "batch_size": batch_size,
-        "contenders": records,
-        "logit_differences": differences,
-        "left_out": left_out,
-        "prepared": prepared,
-        "tuning_s": round(tuning_s, 1),
-        **limit,
-        "layers": layer_times(fast, roofline.costs(pair[0], batch_size, fast.dtype), peak),
-    }
+    layers = roofline.costs(model, batch_size, bench_infer.PRECISIONS[setting.precision])
+    return {"contenders": records, **limit, "layers": layer_times(fast, layers, peak)}
 
 
 @functools.cache
@@ -264,6 +175,43 @@ def max_autotune(setting: Setting, name: str, batch_size: int) -> dict[str, Any]
         "contenders": [summarize(one, timed[1], batch_size) for one in timed],
         "logit_differences": differences,
     }
+
+
+def fp8(setting: Setting, name: str, batch_size: int) -> dict[str, Any]:
+    """A model fused with its products in eight bits where that is faster, beside the same without."""
+    model = _models(name, setting.image_size)[0]
+    images = torch.randn(batch_size, 3, setting.image_size, setting.image_size, device=setting.device)
+    expected = bench_infer.exact_logits(model, images)
+    dtype = bench_infer.PRECISIONS[setting.precision]
+    ready = images.to(dtype, memory_format=torch.channels_last)
+    plain, eight = (fuse(model, dtype=dtype, device=setting.device, fp8=fp8) for fp8 in (False, True))
+    found = [
+        Contender("visformer fused, fp8", setting.precision, "channels_last", lambda: eight(ready)),
+        Contender("visformer fused", setting.precision, "channels_last", lambda: plain(ready)),
+    ]
+    differences = {one.name: bench_infer.difference(one, expected, _FP8_LIMIT) for one in found}
+    timed = in_turns(found, setting.device, warmup=0, repeats=setting.rounds, turn_s=TURN_S)
+    return {
+        "model": name,
+        "batch_size": batch_size,
+        "contenders": [summarize(one, timed[1], batch_size) for one in timed],
+        "logit_differences": differences,
+        "products": eight_bit_products(eight, batch_size),
+    }
+
+
+def eight_bit_products(fast: nn.Module, batch_size: int) -> list[dict[str, Any]]:
+    """Each different product that was tried in eight bits: microseconds of the fastest other way and of the fastest in
+    eight bits."""
+    tuned = next(module for module in fast.modules() if isinstance(module, Operation))._tuner._remembered()
+    found = []
+    for name, entry in tuned.items():
+        if name.startswith(f"linear {batch_size}x") and name.endswith(" fp8"):
+            times = entry.get("microseconds", {})
+            eight = [value for way, value in times.items() if way.startswith(FP8)]
+            others = [value for way, value in times.items() if not way.startswith(FP8)]
+            found.append({"layer": name, "other_us": min(others, default=None), "fp8_us": min(eight, default=None)})
+    return found
 
 
 def layer_times(fast: nn.Module, layers: list[roofline.Layer], peak: roofline.Peak) -> list[dict[str, Any]]:

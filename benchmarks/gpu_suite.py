@@ -7,10 +7,10 @@
 Needs no network and no environment of its own: `python3` with torch and timm, and what timm brings. What is missing is
 said at the start, with what it costs. What matters most comes first: that the kernels compute what they should, then
 inference of each model beside timm's eager, compiled and as a CUDA graph, the training step, memory, torch.compile's
-longest search, and the tests. After each piece `benchmarks/results/<date>-<device>-suite.json` (or `--output`) is
-written, so that a run that is cut off leaves what it has; a later run on the same day adds to it. Pieces for which no
-time was left are named there, and at the end. Exit code 0: all that was run succeeded; 1: something failed; 2: wrong
-usage.
+longest search, products in eight bits, and the tests. After each piece
+`benchmarks/results/<date>-<device>-suite.json` (or `--output`) is written, and of inference also what it has so far, so
+that a run that is cut off leaves what it has; a later run on the same day adds to it. Pieces for which no time was left
+are named there, and at the end. Exit code 0: all that was run succeeded; 1: something failed; 2: wrong usage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WANTED = {
     "simplejpeg": "nothing that is measured here: Pillow decodes in its place",
 }
 FOR_PARTS = {"train": "rich", "tests": "pytest"}
-PARTS = ("kernels", "infer", "train", "memory", "autotune", "tests")
+PARTS = ("kernels", "infer", "train", "memory", "fp8", "autotune", "tests")
 MODELS = ("visformer_tiny", "visformer_small", "visformer_tiny_v2", "visformer_small_v2")
 TIMMS = MODELS[:2]
 DATA_TESTS, KERNEL_TESTS = "tests/data/test_device_cuda.py", "tests/kernels"
@@ -192,9 +192,12 @@ class Suite:
             apart = model not in TIMMS
             for j, size in enumerate(options.batch_sizes):
                 rank = 1 + i + 1.5 * j + apart
-                found.append(Piece("infer", f"{model} {size}", 200, rank, partial(self._infer, model, size)))
+                title = f"{model} {size}"
+                found.append(Piece("infer", title, 200, rank, partial(self._infer, title, model, size)))
             run = partial(parts.memory, setting, model, largest)
             found.append(Piece("memory", f"{model} {largest}", 40, 5 + apart, run))
+            run = partial(parts.fp8, setting, model, largest)
+            found.append(Piece("fp8", f"{model} {largest}", 120, 6 + i, run))
             if not apart:
                 run = partial(parts.train, setting, model, largest)
                 found.append(Piece("train", f"{model} {largest}", 150, 3.6, run))
@@ -203,11 +206,12 @@ class Suite:
             found.append(Piece("autotune", f"{TIMMS[0]} {largest}", 120, 5.5, run))
         found.append(Piece("tests", DATA_TESTS, 30, 5.2, partial(self._tests, DATA_TESTS)))
         if not options.quick:
-            found.append(Piece("tests", KERNEL_TESTS, 90, 7, partial(self._tests, KERNEL_TESTS)))
+            found.append(Piece("tests", KERNEL_TESTS, 90, 9.5, partial(self._tests, KERNEL_TESTS)))
         return sorted((piece for piece in found if piece.part in options.parts), key=lambda piece: piece.rank)
 
-    def _infer(self, model: str, batch_size: int) -> dict[str, Any]:
-        return self.parts.infer(self.setting, model, batch_size, min(150.0, self.left() / 2))
+    def _infer(self, title: str, model: str, batch_size: int) -> dict[str, Any]:
+        keep = partial(self._keep, "infer", title)
+        return self.parts.infer(self.setting, model, batch_size, min(150.0, self.left() / 2), keep)
 
     def _tests(self, path: str) -> dict[str, Any]:
         return self.parts.tests([path], max(10.0, self.left() - 3))  # ends before the alarm does
@@ -225,6 +229,7 @@ class Suite:
             return True
         except Exception as error:  # one piece that fails must not cost us the others
             result, succeeded = {"failed": f"{type(error).__name__}: {error}"[:2000]}, False
+            result = self._unfinished(piece) | result
             say(f"{piece.part} {piece.name} failed: {result['failed']}")
         finally:
             signal.alarm(0)
@@ -239,8 +244,20 @@ class Suite:
             self._free()
         return succeeded
 
+    def _keep(self, part: str, name: str, record: dict[str, Any]) -> None:
+        """Write what a piece has so far, unless an earlier run had more."""
+        records = self.document["parts"].setdefault(part, {})
+        if name not in records or "unfinished" in records[name]:
+            records[name] = record | {"unfinished": True}
+            self._write()
+
+    def _unfinished(self, piece: Piece) -> dict[str, Any]:
+        """What the piece has kept of a run that did not come to its end."""
+        record = self.document["parts"].get(piece.part, {}).get(piece.name, {})
+        return record if record.get("unfinished") else {}
+
     def _leave_out(self, piece: Piece, reason: str) -> None:
-        if piece.name in self.document["parts"].get(piece.part, {}):
+        if piece.name in self.document["parts"].get(piece.part, {}) and not self._unfinished(piece):
             return  # an earlier run has it
         entry = {"part": piece.part, "name": piece.name, "reason": reason}
         others = [e for e in self.document["left_out"] if (e["part"], e["name"]) != (piece.part, piece.name)]

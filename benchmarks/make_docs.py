@@ -207,19 +207,35 @@ def serving(document: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+_TIMED = {
+    "infer": "Inference",
+    "autotune": "Beside the longest search",
+    "fp8": "Products in eight bits",
+    "train": "Training step",
+}
+
+
 def gpu(document: dict[str, Any]) -> str:
     """Of `gpu_suite.py`."""
     found, parts = document["parts"], []
     for name, result in found.get("kernels", {}).items():
         verdict = _kernels(result) if "off_by" in result else f"The check of the kernels ({name}): {result['failed']}"
         parts.append(verdict)
-    for part, title in (("infer", "Inference"), ("autotune", "Beside the longest search"), ("train", "Training step")):
+    for part, title in (
+        ("infer", "Inference"),
+        ("autotune", "Beside the longest search"),
+        ("fp8", "Products in eight bits"),
+        ("train", "Training step"),
+    ):
         for name, result in found.get(part, {}).items():
             model, _, batch = name.partition(" ")
             parts.append(f"{title}, `{model}`, batch {batch}, {document['image_size']} pixels:")
             if "failed" in result:
                 parts.append(f"It failed: {result['failed']}")
+            if "contenders" not in result:
                 continue
+            if "unfinished" in result:
+                parts.append("Cut off before all contenders were there; of few turns:")
             parts.append(contenders(result["contenders"], _baseline(result["contenders"])))
             parts += limits(result)
             parts += [f"Left out: {peer}: {reason}." for peer, reason in result.get("left_out", {}).items()]
@@ -331,6 +347,25 @@ def _export_family(document: Any) -> str:
     return table(["model", "top-1, %", *forms], rows)
 
 
+def _fp8_accuracy(document: Any) -> str:
+    rows = [
+        [f"`{row['model']}`", *(f"{row['top1'][name]:.2f}" for name in ("fp32", "bf16", "fp8"))]
+        + [f"{100 * row['agreement'][name]:.2f}" for name in ("bf16", "fp8")]
+        for row in document["rows"]
+    ]
+    return table(["model", "fp32 top-1, %", "bf16", "fp8", "bf16 same class, %", "fp8 same class, %"], rows)
+
+
+def _large_photographs(document: Any) -> str:
+    heads = ["pixels", "torchvision, ms", "all decoded, ms", "ours, ms", "x torchvision", "levels apart", "at most"]
+    digits = {"torchvision_ms": 1, "whole_ms": 1, "reduced_ms": 1, "ratio": 2, "mean_levels": 2, "most_levels": 0}
+    rows = [
+        [f"{row['width']}x{row['height']}", *(number(row[key], decimals) for key, decimals in digits.items())]
+        for row in document["rows"]
+    ]
+    return table(heads, rows)
+
+
 def _export_parity(document: Any) -> str:
     engines = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "AOTInductor"}
     rows = [
@@ -353,6 +388,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "export_accuracy": _export_accuracy,
     "export_family": _export_family,
     "export_parity": _export_parity,
+    "fp8_accuracy": _fp8_accuracy,
+    "large_photographs": _large_photographs,
 }
 
 if __name__ == "__main__":

@@ -121,6 +121,31 @@ DOCUMENTS = {
         "what": "export_parity",
         "rows": [{"model": "net6", "largest_logit": 2.71, "onnx": 1.9e-05, "openvino": 1.3e-05, "torch": 6e-06}],
     },
+    "fp8_accuracy": {
+        "what": "fp8_accuracy",
+        "rows": [
+            {
+                "model": "net6",
+                "top1": {"fp32": 88.42, "bf16": 88.4, "fp8": 88.31},
+                "agreement": {"fp32": 1.0, "bf16": 0.9985, "fp8": 0.991},
+            }
+        ],
+    },
+    "large_photographs": {
+        "what": "large_photographs",
+        "rows": [
+            {
+                "width": 4032,
+                "height": 3024,
+                "torchvision_ms": 184.84,
+                "whole_ms": 159.5,
+                "reduced_ms": 54.4,
+                "ratio": 3.378,
+                "mean_levels": 0.361,
+                "most_levels": 3,
+            }
+        ],
+    },
     "convert": {
         "repeats": 5,
         "torch": "2.15.0",
@@ -153,6 +178,8 @@ EXPECTED = {
         "| `net6` | 88.4 | 100.0, +0.0 | 99.1, -0.1 |",
     ],
     "export_parity": ["| `net6` | 2.7 | 1.9e-05 | 1.3e-05 | 6.0e-06 |"],
+    "fp8_accuracy": ["| `net6` | 88.42 | 88.40 | 88.31 | 99.85 | 99.10 |"],
+    "large_photographs": ["| 4032x3024 | 184.8 | 159.5 | 54.4 | 3.38 | 0.36 | 3 |"],
     "convert": ["| timm's `.safetensors` | 0.49 | 55.5 | 0.34 |", "Medians of 5 runs"],
 }
 

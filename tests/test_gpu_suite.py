@@ -40,6 +40,12 @@ def suite(monkeypatch):
 
 
 @pytest.fixture
+def checks(suite):
+    """The module `gpu_checks`."""
+    return importlib.import_module("gpu_checks")
+
+
+@pytest.fixture
 def parts(suite):
     """The module `gpu_parts`."""
     return importlib.import_module("gpu_parts")
@@ -73,7 +79,9 @@ def test_it_runs_through_on_a_bare_machine(tmp_path):
     assert "simplejpeg is not installed; it is for nothing that is measured here" in done.stderr
     assert done.stdout == f"{output}\n"
     document = json.loads(output.read_text())
-    assert set(document["parts"]) == {"kernels", "infer", "train", "memory", "tests"} and document["left_out"] == []
+    assert (
+        set(document["parts"]) == {"kernels", "infer", "train", "memory", "fp8", "tests"} and document["left_out"] == []
+    )
     assert {"torch", "timm", "python"} <= set(document["versions"]) and document["quick"]
     off_by = document["parts"]["kernels"]["all"]["off_by"]
     assert {"linear float32", "stem bfloat16", "mlp bfloat16"} <= set(off_by)
@@ -209,7 +217,7 @@ def test_pieces_are_those_asked_for_the_most_valuable_first(suite, tmp_path):
     every = {"models": list(suite.MODELS), "batch_sizes": [256, 1], "parts": list(suite.PARTS), "quick": False}
     names = [f"{p.part} {p.name}" for p in suite.Suite(options(tmp_path, **every), time.monotonic()).pieces()]
     assert names[:3] == ["kernels all", "infer visformer_tiny 256", "infer visformer_small 256"]
-    assert names[-1] == "tests tests/kernels" and len(names) == len(set(names)) == 1 + 8 + 2 + 4 + 2
+    assert names[-1] == "tests tests/kernels" and len(names) == len(set(names)) == 1 + 8 + 2 + 4 + 4 + 2
     assert "train visformer_tiny_v2 256" not in names  # timm has none
     some = suite.Suite(options(tmp_path, parts=["memory"], batch_sizes=[4]), time.monotonic()).pieces()
     assert [f"{p.part} {p.name}" for p in some] == ["memory visformer_tiny 4"]
@@ -220,18 +228,63 @@ def test_the_file_is_named_after_the_day_and_the_device(suite):
     assert suite.file_name(document) == "2026-11-23-nvidia-h200-suite.json"
 
 
+def test_what_a_piece_has_kept_outlives_its_end(suite, tmp_path):
+    """Cut off, or failed after that: the record stays, says so, and is replaced by a whole one."""
+
+    def cut_off():
+        whole._keep("infer", "a", {"n": 1})
+        time.sleep(60)
+
+    def failing():
+        whole._keep("infer", "a", {"n": 2})
+        raise RunError("no memory")
+
+    whole = made(suite, tmp_path, [], budget_s=1.5)
+    whole.pieces = lambda: [suite.Piece("infer", "a", 0, 0, cut_off)]
+    assert whole.run() == 0
+    document = json.loads((tmp_path / "suite.json").read_text())
+    assert document["parts"]["infer"]["a"] == {"n": 1, "unfinished": True}
+    assert document["left_out"][0]["reason"].startswith("cut off at the end of the budget")
+    whole = made(suite, tmp_path, [])
+    whole.pieces = lambda: [suite.Piece("infer", "a", 0, 0, failing)]
+    assert whole.run() == 1
+    result = json.loads((tmp_path / "suite.json").read_text())["parts"]["infer"]["a"]
+    assert (result["n"], result["failed"], result["unfinished"]) == (2, "RunError: no memory", True)
+    made(suite, tmp_path, [suite.Piece("infer", "a", 0, 0, lambda: {"n": 3})]).run()
+    whole = made(suite, tmp_path, [])
+    whole._keep("infer", "a", {"n": 4})  # less than there is
+    document = json.loads((tmp_path / "suite.json").read_text())
+    assert document["parts"]["infer"]["a"]["n"] == 3 and document["left_out"] == []
+
+
 # ---- the parts
 
 
-def test_a_kernel_that_is_wrong_is_named(parts, monkeypatch):
-    setting = parts.Setting(torch.device("cpu"), 32, True)
-    cases = [("linear", [(1,), (2,), (3,)], lambda tile: torch.ones(2) * tile[0], lambda: torch.ones(2).double())]
-    monkeypatch.setattr(parts, "_kernel_cases", lambda device, dtype: cases)
-    with pytest.raises(RunError, match=r"linear bfloat16, tile \(2,\): off by 1.0e\+00, where 2e-02 is allowed"):
-        parts.check_kernels(setting)
+def test_every_kernel_is_checked(checks):
+    off_by = checks.check_kernels(torch.device("cpu"))["off_by"]
+    kernels = {name.rpartition(" ")[0] for name in off_by}
+    assert {"linear", "linear_fp8", "mlp", "attention", "attention in windows", "patch_embed", "pool_head"} < kernels
+    assert {"stem", "stem of words", "stem of bytes", "grouped_conv, gradient of the weight"} < kernels
+    reading_words = [c for c in checks.cases(torch.device("cpu"), torch.bfloat16) if c.name == "stem of words"]
+    assert [tile[3] for tile in reading_words[0].tiles[:2]] == [1, 1]
 
 
-def test_tiles_that_a_device_refuses_are_passed_over(parts, monkeypatch):
+def test_a_kernel_that_is_wrong_is_named(checks, monkeypatch, capsys):
+    case = checks.Case("linear", [(1,), (2,), (3,)], lambda tile: torch.ones(2) * tile[0], torch.ones(2).double)
+    monkeypatch.setattr(checks, "cases", lambda device, dtype: [case])
+    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "--device", "cpu"])
+    assert checks.main() == 1
+    assert "linear bfloat16, tile (2,): off by 1.0e+00, where 2e-02 is allowed" in capsys.readouterr().err
+
+
+def test_a_check_that_ends_its_process_is_a_failure(parts, monkeypatch):
+    ended = subprocess.CompletedProcess([], -11, "", "")
+    monkeypatch.setattr(parts.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(RunError, match="exit code -11"):
+        parts.check_kernels(parts.Setting(torch.device("cpu"), 32, True))
+
+
+def test_tiles_that_a_device_refuses_are_passed_over(checks, monkeypatch):
     """Fewer than all: another is tried in place of each. All: that is an error."""
 
     def run(tile):
@@ -240,14 +293,14 @@ def test_tiles_that_a_device_refuses_are_passed_over(parts, monkeypatch):
             raise RuntimeError("out of resource: shared memory")
         return torch.ones(2)
 
-    case = ("linear", [(1,), (2,), (3,), (4,)], run, lambda: torch.ones(2).double())
-    monkeypatch.setattr(parts, "_kernel_cases", lambda device, dtype: [case] if dtype == torch.bfloat16 else [])
+    case = checks.Case("linear", [(1,), (2,), (3,), (4,)], run, torch.ones(2).double)
+    monkeypatch.setattr(checks, "cases", lambda device, dtype: [case] if dtype == torch.bfloat16 else [])
     tried, refused = [], 2
-    assert parts.check_kernels(parts.Setting(torch.device("cpu"), 32, True))["off_by"] == {"linear bfloat16": 0.0}
+    assert checks.check_kernels(torch.device("cpu"))["off_by"] == {"linear bfloat16": 0.0}
     assert tried == [(1,), (2,), (3,)]
     refused = 9
     with pytest.raises(RunError, match=r"no tile runs here: linear bfloat16, tile \(1,\): RuntimeError: out"):
-        parts.check_kernels(parts.Setting(torch.device("cpu"), 32, True))
+        checks.check_kernels(torch.device("cpu"))
 
 
 def test_tests_that_take_too_long_are_cut_off(parts, tmp_path):
@@ -275,25 +328,77 @@ def test_a_peer_that_does_not_run_is_left_out(parts, monkeypatch, tmp_path):
 
     monkeypatch.setattr(parts, "_peers", lambda *_: {"timm broken": broken})
     monkeypatch.setattr(parts, "_models", lambda *_: (parts.create_model("visformer_tiny", image_size=32).eval(), None))
-    result = parts.infer(parts.Setting(torch.device("cpu"), 32, True), "visformer_tiny", 2, 10.0)
+    kept = []
+    setting = parts.Setting(torch.device("cpu"), 32, True)
+    result = parts.infer(setting, "visformer_tiny", 2, 10.0, kept.append)
+    assert [len(record["layers"]) for record in kept] == [len(result["layers"])]
     assert result["left_out"] == {"timm broken": "RuntimeError: no such kernel"}
     assert [c["name"] for c in result["contenders"]] == ["visformer fused"]
 
 
-def test_every_way_of_every_layer_is_compiled_by_one_of_the_processes(suite):
-    prepare = importlib.import_module("gpu_prepare")
-    names = [name for name, _, _ in prepare.ways("visformer_tiny", 2, 32, "fp32", "cpu")]
+# ---- compiling ahead
+
+
+CASE = ("visformer_tiny", 2, 32, "fp32")
+
+
+@pytest.fixture
+def prepare(suite, tmp_path, monkeypatch):
+    """The module `gpu_prepare`."""
+    monkeypatch.setenv("VISFORMER_CACHE", str(tmp_path / "cache"))
+    return importlib.import_module("gpu_prepare")
+
+
+def test_every_way_of_every_layer_is_compiled_by_one_of_the_processes(prepare):
+    names = [(signature, name) for signature, name, _, _ in prepare.ways(*CASE, "cpu")]
     assert len(names) == len(set(names)) > 20
-    words = [sys.executable, prepare.__file__, "visformer_tiny", "2", "32", "fp32", "--device", "cpu", "--parts", "3"]
-    done = subprocess.run([*words, "--part", "1"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"{name}: compiled" for name in names[1::3]]
+    words = [sys.executable, prepare.__file__, *map(str, CASE), "--device", "cpu", "--parts", "3"]
+    done = subprocess.run([*words, "--part", "1", "--after", "6"], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    begun = [(line["signature"], line["name"]) for line in lines if "name" in line]
+    assert begun == names[7::3] and [line["done"] for line in lines if "name" not in line] == [*range(len(names))][7::3]
+
+
+def test_what_was_compiled_is_counted(prepare):
+    result = prepare.prepare(*CASE, device="cpu", most=1, timeout_s=100.0)
+    assert (result["processes"], result["finished"], result["refused"], result["errors"]) == (1, 1, [], {})
+    assert result["compiled"] == len(list(prepare.ways(*CASE, "cpu")))
+
+
+CRASHING = """
+import json, os, sys, time
+after = int(sys.argv[sys.argv.index("--after") + 1])
+for number in range(after + 1, 4):
+    print(json.dumps(dict(number=number, signature="linear 2x3", name=f"kernel {number}", at=time.time())), flush=True)
+    if number == 1:
+        sys.exit(3)
+    if number == 2:
+        os.abort()
+    print(json.dumps(dict(done=number)), flush=True)
+"""
+
+
+def test_a_way_that_ends_its_process_is_refused_and_the_rest_is_compiled(prepare, tmp_path, monkeypatch):
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "crashing.py"))
+    result = prepare.prepare(*CASE, device="cpu", most=1, timeout_s=60.0)
+    assert result["compiled"] == 2 and result["finished"] == 1
+    assert result["refused"] == ["linear 2x3: kernel 1", "linear 2x3: kernel 2"]
+    (file,) = (tmp_path / "cache" / "tuning").iterdir()
+    assert json.loads(file.read_text()) == {"linear 2x3": {"refused": ["kernel 1", "kernel 2"]}}
+
+
+def test_a_way_that_does_not_end_is_refused(prepare, tmp_path, monkeypatch):
+    (tmp_path / "hanging.py").write_text(CRASHING.replace("sys.exit(3)", "time.sleep(60)"))
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "hanging.py"))
+    assert prepare.prepare(*CASE, device="cpu", most=1, timeout_s=2.0)["refused"] == []  # it may only be slow
+    monkeypatch.setattr(prepare, "STUCK_S", 0.1)
+    assert prepare.prepare(*CASE, device="cpu", most=1, timeout_s=2.0)["refused"] == ["linear 2x3: kernel 1"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_processes_that_fail_or_take_too_long_are_counted_and_ended(suite):
-    prepare = importlib.import_module("gpu_prepare")
-    case = ("visformer_tiny", 2, 32, "fp32")
-    cut_off = prepare.prepare(*case, most=1, timeout_s=0.0)
+def test_processes_that_fail_or_take_too_long_are_counted_and_ended(prepare):
+    cut_off = prepare.prepare(*CASE, most=1, timeout_s=0.0)
     assert (cut_off["processes"], cut_off["finished"]) == (1, 0) and cut_off["seconds"] < 10
-    failed = prepare.prepare(*case, most=1, timeout_s=60.0)  # there is no CUDA
+    failed = prepare.prepare(*CASE, most=1, timeout_s=60.0)  # there is no CUDA
     assert (failed["processes"], failed["finished"]) == (1, 0) and failed["seconds"] < 60
