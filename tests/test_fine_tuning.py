@@ -39,9 +39,17 @@ NAMES = ["cat", "dog", "emu"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A checkpoint of visformer_tiny at 48 pixels with statistics of its own."""
+    """A checkpoint of visformer_tiny at 48 pixels with statistics of its own.
+
+    Those of its norms are of noise, so that activations stay near 1 and rounding is not amplified.
+    """
     torch.manual_seed(1)
     model = Visformer(named_architecture("visformer_tiny", num_classes=3, image_size=48))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the mean over all that is given
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 48, 48))
     preprocessing = Preprocessing(
         (48, 48), crop_pct=0.9, interpolation="bicubic", mean=(100.0, 110.0, 120.0), std=(50.0, 60.0, 70.0)
     )
@@ -350,7 +358,8 @@ def test_the_teacher_sees_the_image_as_it_was_trained_to(weights, channels, side
     )  # fmt: skip
     names = ["emu", "cat"]
     teacher = load_teacher(student, names, torch.device("cpu"))
-    pixels = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8)
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8, generator=noise)
     logits = teacher.logits(Preprocessing.from_config(student).normalize(pixels))
     checkpoint = read_checkpoint(weights)
     full = pixels.float().expand(-1, 3, -1, -1)
@@ -359,7 +368,7 @@ def test_the_teacher_sees_the_image_as_it_was_trained_to(weights, channels, side
     mean, std = (torch.tensor(v)[:, None, None] for v in (checkpoint.preprocessing.mean, checkpoint.preprocessing.std))
     with torch.no_grad():
         expected = checkpoint.build()((full - mean) / std)[:, [2, 0]]
-    torch.testing.assert_close(logits, expected, atol=5e-3, rtol=5e-3)  # deep nets of random weights amplify rounding
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
