@@ -128,11 +128,7 @@ def _models(name: str, image_size: int) -> tuple[Any, nn.Module | None]:
         pair = bench_timm.build_pair(name, image_size)
         return pair.ours.eval(), pair.theirs.eval()
     model = create_model(name, image_size=image_size)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0  # the statistics of the next batch
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, image_size, image_size))
+    bench_timm.settle(model, image_size)
     return model.eval(), None
 
 

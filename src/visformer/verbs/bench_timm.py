@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from timm.models import is_model, list_models, model_entrypoint
 from torch import Tensor, nn
 
+from visformer.bundles.engines import to_picture
+from visformer.bundles.samples import generated
 from visformer.config import TrainConfig
 from visformer.conversion.layouts import TIMM
 from visformer.data import Batch, Preprocessing
@@ -74,7 +76,7 @@ def build_pair(name: str, image_size: int) -> Pair:
     theirs = timm.create_model(
         name, num_classes=NUM_CLASSES, img_size=image_size, drop_path_rate=ours.config.drop_path_rate
     )
-    _settle(theirs, image_size)
+    settle(theirs, image_size)
     names = timms_names(ours)
     ours.load_state_dict({names[key]: tensor for key, tensor in theirs.state_dict().items()})
     difference = logit_difference(ours, theirs, image_size)
@@ -87,15 +89,21 @@ def build_pair(name: str, image_size: int) -> Pair:
 
 
 @torch.no_grad()
-def _settle(model: nn.Module, image_size: int) -> None:
-    """Give the norms the statistics of noise, as training would those of images: with fresh ones activations grow from
-    block to block, until rounding decides the logits."""
-    generator = torch.Generator().manual_seed(0)
+def settle(model: nn.Module, image_size: int) -> None:
+    """Give the norms the statistics of images, as training would: with fresh ones activations grow from block to block,
+    until rounding decides the logits.
+
+    The images are both kinds that a bench infers: pictures, on which an export is judged, and noise, which is timed.
+    """
+    preprocessing = Preprocessing((image_size, image_size))
+    pictures = [to_picture(generated((image_size + 32, image_size + 50), 3, seed)) for seed in range(100, 108)]
+    noise = torch.randint(0, 256, (4, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
+    images = torch.cat([torch.stack([preprocessing(picture) for picture in pictures]), noise.to(torch.uint8)])
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0
-    model.train()(torch.randn(4, 3, image_size, image_size, generator=generator))
+        norm.momentum = 1.0  # the statistics of the next batch
+    model.train()(preprocessing.normalize(images))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
