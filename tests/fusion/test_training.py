@@ -10,8 +10,16 @@ from torch import nn
 import visformer
 from tests.fusion.models import MINIATURES, build, images, off_by
 from visformer.fusion import training
-from visformer.fusion.training import GroupedConvolution, MapGelu, accelerate, spatial_mlps, ways_to_train
+from visformer.fusion.training import (
+    GroupedConvolution,
+    MapGelu,
+    SinglePrecision,
+    accelerate,
+    spatial_mlps,
+    ways_to_train,
+)
 from visformer.models import list_models
+from visformer.models.attention import ScaledDotProduct
 
 SMALL = "spatial, then attention"
 SPATIAL = [SMALL, "windows and tanh", "no positions, norm after embedding, dense"]
@@ -67,6 +75,33 @@ def test_every_model_keeps_its_state_its_logits_and_its_gradients(name):
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
     assert_same_step(model, reference, x, 1e-9)
     assert off_by(model.eval()(x), reference.eval()(x)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_is_computed_in_fp32(dtype):
+    """Nothing of the result is lost but its last rounding, and under autocast it is not rounded on the way either."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 25, 32, dtype=dtype).requires_grad_() for _ in range(3)]
+    attend = ScaledDotProduct(32**-0.5, 0.0)
+    expected = attend(*(t.double() for t in exact))
+    expected_gradients = torch.autograd.grad(expected.square().sum(), exact)
+    with torch.autocast("cpu", dtype):
+        y = SinglePrecision(attend)(*exact)
+    assert y.dtype == dtype
+    assert torch.equal(y, attend(*(t.float() for t in exact)).to(dtype))
+    step = torch.finfo(dtype).eps
+    assert (y - expected).abs().max() <= step / 2 * expected.abs().max()
+    for ours, theirs in zip(torch.autograd.grad(y.double().square().sum(), exact), expected_gradients, strict=True):
+        assert (ours - theirs).abs().max() <= 2 * step * theirs.abs().max()
+
+
+def test_to_accelerate_twice_is_to_accelerate_once():
+    model = smallest(SMALL)
+    accelerate(model)
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    assert SinglePrecision in dict(modules).values()
+    accelerate(model)
+    assert [(name, type(module)) for name, module in model.named_modules()] == modules
 
 
 @pytest.mark.parametrize("way", ["contiguous", "merged 2", "merged 4"])

@@ -9,6 +9,7 @@ moving averages, optimizers, DistributedDataParallel and torch.compile see the m
 What changes. GELU looks at the map as (B, H, W, C), which is how it lies in memory: PyTorch hands only what it calls
 contiguous to oneDNN, whose GELU takes half the time forward and two thirds backward (fp32 and bf16, Sapphire Rapids).
 The grouped 3x3 convolutions of the spatial MLPs, with the GELU behind them, are computed in one of several `ways`.
+Attention over a whole map is computed in fp32 on a CPU where the rest is in half precision, see `SinglePrecision`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from visformer.fusion.operation import compiled, described, map_gelu, text
 from visformer.fusion.tuner import Tuner
 from visformer.kernels.launch import runs_triton
 from visformer.models import Visformer
+from visformer.models.attention import ScaledDotProduct
 from visformer.models.layers import SpatialMlp
 
 LIBRARY = "library"
@@ -47,6 +49,25 @@ class MapGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same"""
         return map_gelu(x, self.approximate)
+
+
+class SinglePrecision(nn.Module):
+    """`attend` of an attention layer, on a CPU in fp32 whatever half precision q, k and v have.
+
+    PyTorch's attention for CPUs takes longer in bf16 than in fp32, up to five times for the few positions of small
+    images, most of it backward (`python benchmarks/attention_precision.py`). It is the more exact of the two besides.
+    """
+
+    def __init__(self, attend: ScaledDotProduct):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three of (B, heads, N, d) -> one"""
+        if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+            return self.attend(q, k, v)
+        with torch.autocast("cpu", enabled=False):
+            return self.attend(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class GroupedConvolution(nn.Module):
@@ -83,6 +104,8 @@ def accelerate(model: Visformer, ways: Mapping[str, str] | None = None) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.GELU):
                 setattr(module, name, MapGelu(child.approximate))
+            elif isinstance(child, ScaledDotProduct) and not isinstance(module, SinglePrecision):
+                setattr(module, name, SinglePrecision(child))
 
 
 def ways_to_train(

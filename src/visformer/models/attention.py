@@ -38,8 +38,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         self.scale = head_dim ** (2 * qk_scale_power)
-        self.attn_drop_rate = attn_drop_rate
         self.qkv = PointwiseConv(channels, 3 * num_heads * head_dim)
+        self.attend = ScaledDotProduct(self.scale, attn_drop_rate)
         self.proj = PointwiseConv(num_heads * head_dim, channels)
         self.drop = nn.Dropout(drop_rate)
 
@@ -49,10 +49,25 @@ class Attention(nn.Module):
         qkv = self.qkv(x).permute(0, 2, 3, 1)  # (B, H, W, 3 * heads * d)
         qkv = qkv.reshape(batch, height * width, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, d)
-        drop = self.attn_drop_rate if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)  # (B, heads, N, d)
+        x = self.attend(q, k, v)  # (B, heads, N, d)
         x = x.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
         return self.drop(self.proj(x))
+
+
+class ScaledDotProduct(nn.Module):
+    """softmax(scale q k^T) v, a share `drop_rate` of the softmax dropped in training.
+
+    A module of its own, without parameters, so that it can be computed in another way (see fusion/training.py).
+    """
+
+    def __init__(self, scale: float, drop_rate: float):
+        super().__init__()
+        self.scale, self.drop_rate = scale, drop_rate
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three of (B, heads, N, d) -> one"""
+        drop = self.drop_rate if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
 
 
 class WindowAttention(nn.Module):
